@@ -1,0 +1,197 @@
+"""The one typed configuration of a conversion: read from YAML, overridden by the command line, written beside the weights."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import FlexdistillError
+
+_PACKAGE = Path(__file__).parent
+# the wheel carries recipes/ inside the package; a checkout keeps it at the top level
+RECIPES_FOLDER = next((f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if f.is_dir()), _PACKAGE / "recipes")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+
+
+class KernelRecipe(_Section):
+    """Which kernel replaces softmax attention."""
+
+    variant: str = Field("nonstationary", description="registered kernel; `flexdistill variants` lists them")
+    component: str | None = Field(None, description="component function of the Flexformer variants; None: hyperbolic")
+    features: int | None = Field(None, ge=1, description="frequencies per head; the map has twice as many features; None: head size")
+    tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
+    key_heads: Literal["query", "kv"] = Field("query", description="a key map and a state per query head, or per KV head")
+    window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
+    layers: str = Field("all", description="layers to convert: all, or indices such as 0-5,9 or every:4")
+
+
+class DataRecipe(_Section):
+    """Text to train on, cut into sequences of equal length in an order fixed by the seed."""
+
+    source: str = Field("Salesforce/wikitext", description="file or folder of text, jsonl or parquet (also .xz .gz .zst), a `datasets` name, or `sample`")
+    config: str | None = Field(None, description="configuration of a `datasets` name")
+    split: str | None = Field(None, description="split of a `datasets` name; None: train")
+    column: str | None = Field(None, description="column that holds the text; None: text")
+    sequence_length: int = Field(512, ge=2, description="tokens per sequence")
+
+
+class EvaluationRecipe(_Section):
+    """What teacher and student are compared on."""
+
+    source: str | None = Field(None, description="as data.source; None: sequences held out from the training data")
+    config: str | None = None
+    split: str | None = None
+    column: str | None = None
+    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
+    sequences: int = Field(48, ge=1, description="sequences evaluated, taken in order")
+    batch_size: int = Field(8, ge=1, description="sequences per forward pass")
+
+
+class _Stage(_Section):
+    steps: int = Field(ge=0, description="optimiser steps; 0 skips the stage")
+    batch_size: int = Field(8, ge=1, description="sequences per optimiser step, over all processes")
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass and process; None: as many as the batch gives")
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    final_learning_rate_ratio: float = Field(0.05, ge=0, le=1, description="where the cosine ends, as a share of learning_rate")
+    clip_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+
+
+class AttentionTransferRecipe(_Stage):
+    """Stage 1: each kernel learns the softmax attention of its own layer; the model is frozen."""
+
+    steps: int = Field(260, ge=0)
+    learning_rate: float = Field(5e-3, gt=0)
+    warmup_steps: int = Field(30, ge=0)
+    cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy between attention rows")
+    output_mse_weight: float = Field(1.0, ge=0, description="weight of the relative error of the attention output")
+    negative_mass_weight: float | None = Field(None, ge=0, description="weight of the negative mass of a signed kernel; None: 2 where the kernel is signed")
+
+
+class LoraRecipe(_Section):
+    """Adapters of `train: lora`, merged into the weights before export."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class LogitDistillationRecipe(_Stage):
+    """Stage 2: the converted model learns the teacher's distribution over the next token."""
+
+    steps: int = Field(150, ge=0)
+    learning_rate: float = Field(1e-4, gt=0, description="for the model's weights or adapters")
+    kernel_learning_rate: float = Field(1e-3, gt=0, description="for the kernels")
+    warmup_steps: int = Field(20, ge=0)
+    train: Literal["full", "lora", "kernels"] = Field("full", description="what is trained beside the kernels")
+    temperature: float = Field(1.0, gt=0)
+    label_weight: float = Field(0.0, ge=0, le=1, description="share of the label loss; the rest is the KL to the teacher")
+    lora: LoraRecipe | None = Field(None, description="only with train: lora")
+
+    @model_validator(mode="after")
+    def _used_settings_only(self):
+        if self.lora is not None and self.train != "lora":
+            raise ValueError(f"lora is set but train is {self.train!r}, which would ignore it; set train: lora or remove lora")
+        if self.train == "kernels" and "learning_rate" in self.model_fields_set:
+            raise ValueError("learning_rate is ignored with train: kernels; set kernel_learning_rate instead")
+        return self
+
+
+class CheckpointRecipe(_Section):
+    """Where an interrupted run goes on."""
+
+    every_steps: int = Field(100, ge=1)
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class Recipe(_Section):
+    """Everything that decides the result of a conversion.
+
+    Raises:
+        FlexdistillError: from `load` and `override`, for an unknown key, a bad value or a setting that would be ignored.
+    """
+
+    model: str | None = Field(None, description="Hub id, folder, .gguf file or package:NAME")
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
+    trust_remote_code: bool = Field(False, description="run code that the source model ships")
+    kernel: KernelRecipe = KernelRecipe()
+    data: DataRecipe = DataRecipe()
+    attention_transfer: AttentionTransferRecipe = AttentionTransferRecipe()
+    logit_distillation: LogitDistillationRecipe = LogitDistillationRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+
+    @classmethod
+    def load(cls, name_or_file: str | Path) -> Recipe:
+        """Reads a recipe file, or a recipe shipped with the package by its name."""
+        path = Path(name_or_file)
+        if not path.is_file():
+            path = RECIPES_FOLDER / f"{name_or_file}.yaml"
+        if not path.is_file():
+            raise FlexdistillError(
+                f"Recipe {str(name_or_file)!r} is neither a file nor a shipped recipe; shipped are: {', '.join(shipped_recipes())}."
+            )
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise FlexdistillError(f"Recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        if not isinstance(settings, dict):
+            raise FlexdistillError(f"Recipe {path} must hold settings by name, not a {type(settings).__name__}.")
+        return cls._checked(settings, f"Recipe {path}")
+
+    def override(self, settings: dict[str, Any]) -> Recipe:
+        """A copy with settings replaced; keys are dotted paths such as `kernel.window`."""
+        nested = self.model_dump(exclude_unset=True)
+        for dotted, value in settings.items():
+            section = nested
+            *parents, name = dotted.split(".")
+            for parent in parents:
+                section = section.setdefault(parent, {})
+                if not isinstance(section, dict):
+                    raise FlexdistillError(f"Setting {dotted!r} is unknown: {parent!r} has no settings below it.")
+            section[name] = value
+        return self._checked(nested, "The settings")
+
+    def to_yaml(self) -> str:
+        """The complete recipe, defaults included; `load` gives back an equal one."""
+        return yaml.safe_dump(_without_ignored(self.model_dump()), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def _checked(cls, settings: dict[str, Any], where: str) -> Recipe:
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise FlexdistillError(f"{where}: {_explain(error.errors()[0])}") from error
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def _without_ignored(settings: dict[str, Any]) -> dict[str, Any]:
+    if settings["logit_distillation"]["train"] == "kernels":
+        del settings["logit_distillation"]["learning_rate"]
+    return settings
+
+
+def _explain(error: dict[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{'.'.join(location) or 'recipe'}: {message}."
+    section: Any = Recipe
+    for name in location[:-1]:
+        section = section.model_fields[name].annotation
+        section = LoraRecipe if name == "lora" else section
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."
+    return f"unknown key {'.'.join(location)!r}; {hint}"

@@ -1,0 +1,209 @@
+"""Flexformer attention: a kernel over the distant keys and, where a window is set, softmax over the nearest ones.
+
+Both parts share one denominator. A causal layer sees keys through a delay line: the last `window` keys are attended to
+exactly, and a key that leaves the window enters the state. So one formula serves training, prefill and decoding, with
+window = 0 as its simplest case.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from .configuration_flexformer import KernelSpec
+from .feature_maps import FeatureMap, Features
+from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
+
+# least share of its Cauchy-Schwarz bound that a row's denominator may have: signed features can cancel, and one row
+# divided by nearly zero ruins a whole model; positive features cannot cancel, only underflow
+SIGNED_GUARD = 0.01
+POSITIVE_GUARD = 1e-30
+
+_guard_counters: list["GuardCounter"] = []
+
+
+@dataclass
+class GuardCounter:
+    """Rows whose denominator the guard raised, out of all rows, while `count_guards` is active."""
+
+    guarded: torch.Tensor | int = 0
+    rows: int = 0
+
+
+@contextlib.contextmanager
+def count_guards():
+    """Counts guarded rows of all Flexformer attention inside the context."""
+    counter = GuardCounter()
+    _guard_counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _guard_counters.remove(counter)
+
+
+@dataclass
+class Memory:
+    """What a causal layer carries from call to call; its size does not depend on the number of tokens seen."""
+
+    state: State
+    key: torch.Tensor  # (B, K, W, d): the window's keys, oldest first
+    value: torch.Tensor  # (B, K, W, D)
+    visible: torch.Tensor  # (B, W) bool: False where the window is not filled yet or holds padding
+
+    @classmethod
+    def empty(cls, key: torch.Tensor, value: torch.Tensor, window: int) -> "Memory":
+        batch, heads, _, size = key.shape
+        return cls(
+            state=None,
+            key=key.new_zeros(batch, heads, window, size),
+            value=value.new_zeros(batch, heads, window, value.shape[-1]),
+            visible=torch.zeros(batch, window, dtype=torch.bool, device=key.device),
+        )
+
+
+def attend(
+    feature_map: FeatureMap,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    visible: torch.Tensor | None = None,
+    memory: Memory | None = None,
+) -> tuple[torch.Tensor, Memory | None]:
+    """Attention output and, for a causal layer, the memory after the last key.
+
+    Args:
+        feature_map: the layer's kernel.
+        query: (B, H, T, d), any floating dtype; key: (B, K, T, d); value: (B, K, T, D).
+        scaling: what softmax attention multiplies q.k with.
+        visible: (B, T) bool, False at padding.
+        memory: what an earlier call returned; the tokens of this call come after its tokens.
+
+    Returns:
+        (B, H, T, D) in the query's dtype; 0 where a query sees no key.
+    """
+    spec = feature_map.spec
+    with torch.autocast(query.device.type, enabled=False):
+        if not spec.causal:
+            features = _features(feature_map, query, key, scaling, visible)
+            rows = bidirectional_sums(features, _per_state_head(value, spec))
+            return _normalise(feature_map, rows).to(query.dtype), None
+        memory = memory or Memory.empty(key, value, spec.window)
+        length = query.shape[-2]
+        if visible is None:
+            visible = torch.ones(key.shape[0], length, dtype=torch.bool, device=key.device)
+        key, value = torch.cat([memory.key, key], dim=2), torch.cat([memory.value, value], dim=2)
+        visible = torch.cat([memory.visible, visible], dim=1)
+        features = _features(feature_map, query, key[:, :, :length], scaling, visible[:, :length])
+        far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
+        near = window_sums(query, key, value, visible, spec.window, scaling) if spec.window else None
+        output = _normalise(feature_map, far, near, features.query_log_scale)
+        memory = Memory(state, key[:, :, length:], value[:, :, length:], visible[:, length:])
+        return output.to(query.dtype), memory
+
+
+def attention_weights(
+    feature_map: FeatureMap,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scaling: float,
+    visible: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same attention as a matrix: the reference for `attend`, and what attention transfer trains.
+
+    Returns:
+        float32 weights (B, H, T, T), in quadratic memory; weights @ values is the output of `attend` without memory.
+        A row of a positive kernel sums to 1; of a signed one, to 1 unless its denominator was guarded.
+    """
+    spec = feature_map.spec
+    length = query.shape[-2]
+    with torch.autocast(query.device.type, enabled=False):
+        features = _features(feature_map, query, key, scaling, None)
+        allowed = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        distance = torch.arange(length, device=query.device)
+        distance = distance[:, None] - distance
+        if spec.causal:
+            allowed = distance >= spec.window
+        allowed = allowed[None, None]
+        banded = ((distance >= 0) & (distance < spec.window))[None, None]
+        if visible is not None:
+            allowed, banded = allowed & visible[:, None, None], banded & visible[:, None, None]
+        scores, bound, maximum = quadratic_scores(features, allowed)
+        far = RowSums(scores, scores.sum(-1), bound, maximum)
+        near = None
+        if spec.window:
+            weights, near_maximum = _softmax_scores(query, _repeat(key, query.shape[1]), banded, scaling)
+            near = RowSums(weights, weights.sum(-1), weights.sum(-1), near_maximum)
+        return _normalise(feature_map, far, near, features.query_log_scale)
+
+
+def window_sums(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, window: int, scaling: float
+) -> RowSums:
+    """Softmax attention of each of T queries to the last `window` of T + window keys, itself included, in linear cost.
+
+    Args:
+        query: (B, H, T, d); key: (B, K, window + T, d); value: (B, K, window + T, D); visible: (B, window + T) bool.
+    """
+    heads, length = query.shape[1], query.shape[-2]
+    chunk = min(max(window, 64), length)
+    padding = -length % chunk
+    query = torch.nn.functional.pad(query, (0, 0, 0, padding)).unflatten(-2, (-1, chunk))
+
+    def spans(x, axis):
+        x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, padding))
+        return x.unfold(axis, chunk + window, chunk).movedim(-1, axis + 1)
+
+    # query r of a chunk stands at place window + r of the chunk's span of keys
+    place = torch.arange(chunk + window, device=query.device) - torch.arange(chunk, device=query.device)[:, None]
+    banded = (place > 0) & (place <= window) & spans(visible, 1)[:, None, :, None, :]
+    weights, maximum = _softmax_scores(query, _repeat(spans(key, 2), heads), banded, scaling)
+    numerator = weights @ _repeat(spans(value, 2), heads).float()
+    numerator, denominator, maximum = (x.flatten(2, 3)[:, :, :length] for x in (numerator, weights.sum(-1), maximum))
+    return RowSums(numerator, denominator, denominator, maximum)
+
+
+def _softmax_scores(query, key, allowed, scaling):
+    """exp(scaling q.k - maximum) where allowed, else 0, with the maximum of each row."""
+    logits = (query.float() @ key.float().transpose(-1, -2) * scaling).masked_fill(~allowed, -torch.inf)
+    maximum = logits.detach().amax(-1)
+    return (logits - maximum.masked_fill(maximum == -torch.inf, 0.0)[..., None]).exp(), maximum
+
+
+def _features(feature_map, query, key, scaling, visible) -> Features:
+    # kernels are defined for logits q.k / sqrt(d); a model that scales otherwise has it moved into its queries
+    features = feature_map(query * (scaling * query.shape[-1] ** 0.5), key)
+    if visible is not None:
+        features.key_log_weight = features.key_log_weight.masked_fill(~visible[:, None], -torch.inf)
+    return features
+
+
+def _normalise(
+    feature_map: FeatureMap, far: RowSums, near: RowSums | None = None, log_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Divides by the guarded denominator, shared with the window's where there is one."""
+    least = (SIGNED_GUARD if feature_map.signed else POSITIVE_GUARD) * far.bound
+    for counter in _guard_counters:
+        counter.guarded = counter.guarded + (far.denominator < least).sum()
+        counter.rows += far.denominator.numel()
+    numerator, denominator = far.numerator, torch.maximum(far.denominator, least)
+    if near is not None:
+        # logarithm of the kernel part's weight against the window's; the larger of the two is scaled to 1
+        mix = feature_map.window_gate.float()[:, None].expand(denominator.shape)
+        if feature_map.calibrated:
+            mix = mix + log_scale + (far.maximum - near.maximum.masked_fill(near.maximum == -torch.inf, 0.0))
+        far_weight, near_weight = (mix - mix.clamp_min(0)).exp(), (-mix.clamp_min(0)).exp()
+        numerator = near_weight[..., None] * near.numerator + far_weight[..., None] * numerator
+        denominator = near_weight * near.denominator + far_weight * denominator
+    return numerator / denominator.masked_fill(denominator == 0, 1.0)[..., None]
+
+
+def _per_state_head(value: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
+    return _repeat(value, spec.num_state_heads)
+
+
+def _repeat(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, K, ...) -> (B, heads, ...): each KV head repeated for its group."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -1,0 +1,61 @@
+"""Configuration of a converted model: the base model's own, plus which attention modules carry which kernel."""
+
+import json
+from dataclasses import asdict, dataclass
+
+MODEL_TYPE = "flexformer"
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """The kernel of one attention module; `config.json` holds one per converted module.
+
+    Args:
+        variant: registered kernel, such as "nonstationary".
+        component: component function of the variant ("hyperbolic", "trigonometric"); None where a variant has only one.
+        num_heads: query heads H.
+        num_key_value_heads: key and value heads; H is a multiple of it.
+        head_dim: size d of one head's queries and keys.
+        num_frequencies: frequencies n per head; feature maps return 2 n features.
+        tied: one map serves queries and keys.
+        key_heads: "query" for a key map and a state per query head, "kv" for one per KV head.
+        window: tokens that keep exact softmax attention; 0 for a purely linear layer.
+        causal: whether a query sees earlier positions only.
+    """
+
+    variant: str
+    component: str | None
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_frequencies: int
+    tied: bool
+    key_heads: str = "query"
+    window: int = 0
+    causal: bool = True
+
+    @property
+    def num_state_heads(self) -> int:
+        """Heads that keep a state of their own."""
+        return self.num_heads if self.key_heads == "query" else self.num_key_value_heads
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class FlexformerConfigMixin:
+    """Mixed into a subclass of the base model's configuration.
+
+    In memory `model_type` stays the base model's, which PEFT and the tables of weight conversions look up;
+    `config.json` says "flexformer" and keeps the base model's as `base_model_type`.
+    """
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        settings = json.loads(super().to_json_string(use_diff=use_diff))
+        settings["base_model_type"], settings["model_type"] = type(self).model_type, MODEL_TYPE
+        return json.dumps(settings, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def kernel_specs(self) -> dict[str, KernelSpec]:
+        """Module name relative to the base model -> its kernel."""
+        return {name: KernelSpec(**spec) for name, spec in self.flexformer["layers"].items()}

@@ -1,0 +1,217 @@
+"""Feature maps: what turns queries and keys into the features of a linear attention kernel.
+
+Shapes: B batch, H query heads, G = H / K query heads per KV head, K KV heads, T tokens, d head size, F features.
+Queries are (B, H, T, d); keys are (B, K, T, d). State heads S are H or K (`KernelSpec.key_heads`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_flexformer import KernelSpec
+
+
+@dataclass
+class Features:
+    """Features of some queries and keys; all float32, all that exponentiates kept as logarithms.
+
+    The kernel is k(q_i, k_j) = exp(query_log_scale_i + key_log_weight_j) <query_i, key_j>.
+    """
+
+    query: torch.Tensor  # (B, H, Tq, F)
+    query_log_scale: torch.Tensor  # (B, H, Tq); cancels in a purely linear row, counts against a softmax window
+    key: torch.Tensor  # (B, S, Tk, F)
+    key_log_weight: torch.Tensor  # (B, S, Tk)
+
+
+class FeatureMap(nn.Module):
+    """The contract of a kernel: construct from a `KernelSpec`, map queries and keys to `Features`.
+
+    A subclass declares its parameters with `_add_maps`, fills them in `reset_parameters` (called for weights that a
+    checkpoint lacks, so it must not rely on what memory holds), and implements `query_features` and `key_features`.
+
+    Args:
+        spec: the kernel of the module this map serves.
+    """
+
+    signed = False  # features can be negative: rows need the guarded normaliser
+    calibrated = True  # log scales approximate the softmax logits, so window and kernel weigh in on one scale
+    paper = ""
+    tied_by_default = False
+
+    def __init__(self, spec: KernelSpec):
+        super().__init__()
+        self.spec = spec
+        self.query_parameters = nn.ParameterDict()
+        self.key_parameters = nn.ParameterDict()
+        self.window_gate = nn.Parameter(torch.empty(spec.num_heads)) if spec.window else None
+
+    @property
+    def num_features(self) -> int:
+        """Features F per head."""
+        return 2 * self.spec.num_frequencies
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> Features:
+        """Maps queries (B, H, Tq, d) and keys (B, K, Tk, d), of any floating dtype, to float32 features."""
+        query, key = query.float(), key.float()
+        if self.spec.key_heads == "query":
+            key = key.repeat_interleave(self.spec.num_heads // self.spec.num_key_value_heads, dim=1)
+        return Features(*self.query_features(query), *self.key_features(key))
+
+    def query_features(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 queries (B, H, T, d) -> features (B, H, T, F) and log scale (B, H, T)."""
+        raise NotImplementedError
+
+    def key_features(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 keys (B, S, T, d) -> features (B, S, T, F) and log-weight (B, S, T)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fills every parameter with its initial value."""
+        if self.window_gate is not None:
+            init.zeros_(self.window_gate)
+
+    def _add_maps(self, **shapes: tuple[int, ...]) -> None:
+        """Declares parameters (heads, *shape) of the query map and, unless tied, of the key map."""
+        tied = self.spec.tied
+        heads = self.spec.num_state_heads if tied else self.spec.num_heads
+        for name, shape in shapes.items():
+            self.query_parameters[name] = nn.Parameter(torch.empty(heads, *shape))
+            if not tied:
+                self.key_parameters[name] = nn.Parameter(torch.empty(self.spec.num_state_heads, *shape))
+
+    def _maps(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
+        """Parameters of the query map and of the key map."""
+        return self.query_parameters, self.query_parameters if self.spec.tied else self.key_parameters
+
+    def _start_alike(self) -> None:
+        """Gives the key map the query map's values (each KV head takes its group's first query head)."""
+        stride = self.spec.num_heads // self.spec.num_state_heads
+        for name, parameter in self.key_parameters.items():
+            init.copy_(parameter, self.query_parameters[name][::stride])
+
+
+def project(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """float32 (B, H, T, d) times (H', d, n) -> (B, H, T, n); H is a multiple of H'."""
+    return x @ per_head(frequencies, x)
+
+
+def per_head(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """float32 parameter (H', ...) -> (H, ...) for x (B, H, ...): one row serves each group of heads."""
+    return parameter.float().repeat_interleave(x.shape[1] // parameter.shape[0], dim=0)
+
+
+def from_log(log_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors each token's maximum out: features in (0, 1], and the maximum as log scale."""
+    maximum = log_features.amax(-1, keepdim=True)
+    return (log_features - maximum).exp(), maximum.squeeze(-1)
+
+
+def log_cosh(x: torch.Tensor) -> torch.Tensor:
+    """log cosh x without overflow."""
+    x = x.abs()
+    return x + torch.log1p((-2 * x).exp()) - math.log(2)
+
+
+class FlexformerFeatureMap(FeatureMap):
+    """Learned spectral features of Flexformer (arXiv:2606.27748); `variant` says which frequencies are learned.
+
+    stationary learns W1 (Bochner's theorem); nonstationary learns W1 and W2 (Yaglom's) and equals stationary at W2 = 0.
+    """
+
+    paper = "Flexformer, arXiv:2606.27748"
+
+    @property
+    def nonstationary(self) -> bool:
+        return self.spec.variant == "nonstationary"
+
+    def _frequency_shapes(self) -> dict[str, tuple[int, ...]]:
+        shape = (self.spec.head_dim, self.spec.num_frequencies)
+        return {"w1": shape, "w2": shape} if self.nonstationary else {"w1": shape}
+
+
+class HyperbolicFeatureMap(FlexformerFeatureMap):
+    """The spectral kernel continued to imaginary frequencies, positive by construction.
+
+    log phi(x) = [W1 x + log cosh(W2 x) + b, -W1 x + log cosh(W2 x) + b'], with b and b' learned log-amplitudes, and
+    keys weighted by exp(gamma |k|^2) with gamma learned per head.
+    """
+
+    # |k|^2 is of the order of 100, so the learned coefficient moves in tenths
+    _NORM_UNIT = 0.1
+
+    def __init__(self, spec: KernelSpec):
+        super().__init__(spec)
+        self._add_maps(**self._frequency_shapes(), log_amplitude=(2 * spec.num_frequencies,))
+        self.norm_factor = nn.Parameter(torch.empty(spec.num_state_heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        parameters = self.query_parameters
+        # half the standard deviation at which exp(W x) estimates the softmax kernel
+        init.normal_(parameters["w1"], std=0.5 * self.spec.head_dim**-0.25)
+        if self.nonstationary:
+            init.normal_(parameters["w2"], std=0.02)
+        init.zeros_(parameters["log_amplitude"])
+        init.zeros_(self.norm_factor)
+        self._start_alike()
+
+    def _log_features(self, x: torch.Tensor, parameters: nn.ParameterDict) -> torch.Tensor:
+        phase = project(x, parameters["w1"])
+        envelope = log_cosh(project(x, parameters["w2"])) if self.nonstationary else 0.0
+        return torch.cat([envelope + phase, envelope - phase], -1) + per_head(parameters["log_amplitude"], x)[:, None]
+
+    def query_features(self, query):
+        return from_log(self._log_features(query, self._maps()[0]))
+
+    def key_features(self, key):
+        features, log_weight = from_log(self._log_features(key, self._maps()[1]))
+        return features, log_weight + self._NORM_UNIT * per_head(self.norm_factor, key)[:, None] * key.square().sum(-1)
+
+
+class TrigonometricFeatureMap(FlexformerFeatureMap):
+    """The paper's features: phi(x) = n^-1/2 [cos(W1 x) cos(W2 x), sin(W1 x) cos(W2 x)], norm factor exp(|x|^2 / e^tau).
+
+    With W2 absent (stationary) the second cosine is 1. The features are signed, so rows use the guarded normaliser.
+    """
+
+    signed = True
+    tied_by_default = True
+
+    def __init__(self, spec: KernelSpec):
+        super().__init__(spec)
+        self._add_maps(**self._frequency_shapes())
+        self.tau = nn.Parameter(torch.empty(spec.num_state_heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        # frequencies near zero start as uniform attention: at the softmax-matched Gaussian half the kernel's mass is
+        # negative, and training does not recover from it
+        for parameter in self.query_parameters.values():
+            init.normal_(parameter, std=0.02)
+        # the softmax kernel's own value, weakened by e^6
+        init.constant_(self.tau, math.log(2 * self.spec.head_dim**0.5) + 6)
+        self._start_alike()
+
+    def _features(self, x: torch.Tensor, parameters: nn.ParameterDict) -> torch.Tensor:
+        phase = project(x, parameters["w1"])
+        features = torch.cat([phase.cos(), phase.sin()], -1)
+        if self.nonstationary:
+            modulation = project(x, parameters["w2"]).cos()
+            features = features * torch.cat([modulation, modulation], -1)
+        return features * self.spec.num_frequencies**-0.5
+
+    def _log_norm_factor(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square().sum(-1) * (-per_head(self.tau, x)).exp()[:, None]
+
+    def query_features(self, query):
+        return self._features(query, self._maps()[0]), self._log_norm_factor(query)
+
+    def key_features(self, key):
+        return self._features(key, self._maps()[1]), self._log_norm_factor(key)

@@ -1,0 +1,98 @@
+"""The attention function that converted models call through transformers' AttentionInterface."""
+
+import sys
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .attention import attend
+from .cache import FlexformerCacheLayer, memory_layer
+from .masks import LazyMask, flexformer_mask
+
+# the attention implementation's name, and the name of a converted module's feature map
+NAME = "flexformer"
+_CACHE_ARGUMENT = "flexformer_cache_layer"
+
+
+def flexformer_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: LazyMask | torch.Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Flexformer attention in a converted module, the model's own softmax attention in any other.
+
+    Args:
+        module: the calling attention module.
+        query: (B, H, T, d); key: (B, K, T', d); value: (B, K, T', D), after rotary embedding.
+        attention_mask: what `flexformer_mask` made.
+        scaling: what q.k is multiplied with; None for 1 / sqrt(d).
+
+    Returns:
+        (B, T, H, D) in the query's dtype, and None in place of attention weights.
+
+    Raises:
+        ValueError: for a mask that linear attention cannot apply: a 4-D one, or that of packed sequences.
+    """
+    cache_layer: FlexformerCacheLayer | None = kwargs.pop(_CACHE_ARGUMENT, None)
+    feature_map = getattr(module, NAME, None)
+    if feature_map is None:
+        return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    output, memory = attend(
+        feature_map,
+        query,
+        key,
+        value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        visible=visible_keys(attention_mask, key.shape[-2]),
+        memory=cache_layer.memory if cache_layer else None,
+    )
+    if cache_layer is not None:
+        cache_layer.remember(memory)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def softmax_attention(module, query, key, value, attention_mask=None, **kwargs):
+    """Softmax attention as the model's own implementation computes it, given a lazy mask."""
+    if kwargs.get("softcap") is None:
+        if isinstance(attention_mask, LazyMask):
+            attention_mask = attention_mask.build("sdpa")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # sdpa has no softcap; the model's own eager function does
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.build("eager")
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+def visible_keys(mask: LazyMask | torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """bool (B, length) for the last `length` keys, False at padding; None if all are visible."""
+    if mask is None:
+        return None
+    if isinstance(mask, LazyMask):
+        if not mask.is_plain:
+            raise ValueError(
+                "Flexformer attention takes causal or bidirectional masks with padding only; pass sequences one by one "
+                "or padded instead of packed, and no custom mask function."
+            )
+        mask = mask.padding
+        if mask is None:
+            return None
+    if mask.ndim != 2:
+        raise ValueError("Flexformer attention takes a padding mask of shape (batch, length), not a 4-D mask.")
+    return mask[:, -length:].bool()
+
+
+def find_cache_layer(module: nn.Module, args, kwargs):
+    """Forward pre-hook of a converted module: passes its cache layer on to `flexformer_attention`."""
+    layer = memory_layer(module, args, kwargs)
+    return None if layer is None else (args, {**kwargs, _CACHE_ARGUMENT: layer})
+
+
+AttentionInterface.register(NAME, flexformer_attention)
+AttentionMaskInterface.register(NAME, flexformer_mask)

@@ -1,0 +1,214 @@
+"""Linear attention as sums over keys: a quadratic reference, a chunked form of linear cost, and a recurrent form.
+
+All three compute, for every query i over the keys j that it may see,
+
+    numerator_i   = sum_j exp(w_j - m_i) <phi(q_i), phi(k_j)> v_j
+    denominator_i = the same without v_j,
+
+with w the keys' log-weights and m_i the largest w_j in sight, so that no exponent is ever positive. Shapes as in
+`feature_maps`: queries' features (B, H, T, F), keys' features (B, S, T, F), values (B, S, T, D), S dividing H. A key
+that must not be seen (padding) has log-weight -inf and leaves numerator and denominator alike. Everything is float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .feature_maps import Features
+
+CHUNK = 64
+# chunks whose states are combined at once; longer sequences go block by block, so cost and memory stay linear
+CHUNKS_PER_BLOCK = 32
+
+
+@dataclass
+class RowSums:
+    """Unnormalised attention of each query, scaled by exp(-maximum)."""
+
+    numerator: torch.Tensor  # (B, H, T, D)
+    denominator: torch.Tensor  # (B, H, T)
+    bound: torch.Tensor  # (B, H, T): |phi(q_i)| sum_j exp(w_j - m_i) |phi(k_j)| >= |denominator| (Cauchy-Schwarz)
+    maximum: torch.Tensor  # (B, H, T): m_i; -inf where a query sees no key
+
+
+@dataclass
+class State:
+    """What is kept of all keys seen so far, at a size that does not depend on their number."""
+
+    values: torch.Tensor  # (B, S, F, D + 1): sum_j exp(w_j - m) phi(k_j) [v_j, 1]^T
+    norms: torch.Tensor  # (B, S): sum_j exp(w_j - m) |phi(k_j)|
+    maximum: torch.Tensor  # (B, S): m, the largest log-weight seen
+
+    @classmethod
+    def empty(cls, features: Features, value: torch.Tensor) -> "State":
+        """The state before any key."""
+        batch, heads, _, size = features.key.shape
+        return cls(
+            values=features.key.new_zeros(batch, heads, size, value.shape[-1] + 1),
+            norms=features.key.new_zeros(batch, heads),
+            maximum=features.key.new_full((batch, heads), -torch.inf),
+        )
+
+
+def causal_sums(features: Features, value: torch.Tensor, state: State | None = None) -> tuple[RowSums, State]:
+    """Row sums of causal attention after `state`, and the state after the last key.
+
+    One query takes the recurrent step, more take the chunked form.
+    """
+    form = recurrent_sums if features.query.shape[-2] == 1 else chunked_sums
+    return form(features, value, state)
+
+
+def quadratic_scores(features: Features, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reference: every pair's kernel value, in quadratic memory.
+
+    Args:
+        features: of Tq queries and Tk keys.
+        allowed: bool, broadcastable to (B, H, Tq, Tk); which keys a query sees.
+
+    Returns:
+        signed scores exp(w_j - m_i) <phi(q_i), phi(k_j)> (B, H, Tq, Tk), their bound and maximum as in `RowSums`.
+    """
+    groups = features.query.shape[1] // features.key.shape[1]
+    key = features.key.repeat_interleave(groups, dim=1)
+    log_weight = features.key_log_weight.repeat_interleave(groups, dim=1)[:, :, None]
+    log_weight = log_weight.expand(*features.query.shape[:-1], -1).masked_fill(~allowed, -torch.inf)
+    maximum = log_weight.detach().amax(-1)
+    weight = (log_weight - _finite(maximum)[..., None]).exp()
+    scores = features.query @ key.transpose(-1, -2) * weight
+    bound = features.query.norm(dim=-1) * (weight * key.norm(dim=-1)[:, :, None]).sum(-1)
+    return scores, bound, maximum
+
+
+def quadratic_sums(features: Features, value: torch.Tensor, allowed: torch.Tensor) -> RowSums:
+    """Row sums from `quadratic_scores`."""
+    scores, bound, maximum = quadratic_scores(features, allowed)
+    value = value.float().repeat_interleave(scores.shape[1] // value.shape[1], dim=1)
+    return RowSums(scores @ value, scores.sum(-1), bound, maximum)
+
+
+def bidirectional_sums(features: Features, value: torch.Tensor) -> RowSums:
+    """Row sums of attention in which every query sees every key: one state serves all queries."""
+    query = _grouped(features.query, features.key.shape[1])
+    _, state = _summarise(features.key, features.key_log_weight, _with_ones(value))
+    sums = query @ state.values[:, :, None]
+    bound = query.norm(dim=-1) * state.norms[:, :, None, None]
+    maximum = state.maximum[:, :, None, None].expand(bound.shape)
+    return _ungrouped(sums, bound, maximum)
+
+
+def recurrent_sums(features: Features, value: torch.Tensor, state: State | None = None) -> tuple[RowSums, State]:
+    """Causal row sums one token at a time; returns them with the state after the last key."""
+    state = state or State.empty(features, value)
+    value = _with_ones(value)
+    query = _grouped(features.query, features.key.shape[1])
+    norm = features.key.norm(dim=-1)
+    rows = []
+    for t in range(features.key.shape[-2]):
+        log_weight = features.key_log_weight[:, :, t]
+        maximum = torch.maximum(state.maximum, log_weight.detach())
+        decay, weight = (state.maximum - _finite(maximum)).exp(), (log_weight - _finite(maximum)).exp()
+        update = (weight[..., None] * features.key[:, :, t])[..., None] * value[:, :, t, None]
+        state = State(
+            values=decay[..., None, None] * state.values + update,
+            norms=decay * state.norms + weight * norm[:, :, t],
+            maximum=maximum,
+        )
+        sums = query[:, :, :, t, None] @ state.values[:, :, None]
+        bound = query[:, :, :, t, None].norm(dim=-1) * state.norms[:, :, None, None]
+        rows.append(_ungrouped(sums, bound, maximum[:, :, None, None].expand(bound.shape)))
+    fields = ("numerator", "denominator", "bound", "maximum")
+    return RowSums(*(torch.cat([getattr(row, name) for row in rows], dim=2) for name in fields)), state
+
+
+def chunked_sums(
+    features: Features, value: torch.Tensor, state: State | None = None, chunk: int = CHUNK
+) -> tuple[RowSums, State]:
+    """Causal row sums in linear time and memory: exact within a chunk, through states between chunks."""
+    state = state or State.empty(features, value)
+    value = _with_ones(value)
+    query = _grouped(features.query, features.key.shape[1])
+    length = query.shape[-2]
+    chunk = min(chunk, length)
+    outputs = []
+    for start in range(0, length, chunk * CHUNKS_PER_BLOCK):
+        block = slice(start, min(start + chunk * CHUNKS_PER_BLOCK, length))
+        size = block.stop - block.start
+        padding = -size % chunk
+        rows, state = _block_sums(
+            _cut(query[..., block, :], padding, chunk),
+            _cut(features.key[..., block, :], padding, chunk),
+            _cut(features.key_log_weight[..., block, None], padding, chunk, fill=-torch.inf).squeeze(-1),
+            _cut(value[..., block, :], padding, chunk),
+            state,
+        )
+        outputs.append([x.flatten(3, 4)[:, :, :, :size] for x in rows])
+    sums, bound, maximum = (torch.cat(parts, dim=3) for parts in zip(*outputs))
+    return _ungrouped(sums, bound.squeeze(-1), maximum.squeeze(-1)), state
+
+
+def _block_sums(query, key, log_weight, value, state):
+    """Chunks (B, S, G, N, C, F), (B, S, N, C, F), (B, S, N, C), (B, S, N, C, D + 1) -> rows and the state after them."""
+    # the running maximum a row sees: that of all earlier chunks, then of its own chunk up to itself
+    chunk_maxima, summaries = _summarise(key, log_weight, value)
+    maxima = torch.cat([state.maximum[..., None], chunk_maxima], dim=-1)
+    before = maxima.cummax(-1).values
+    row_maximum = torch.maximum(before[..., :-1, None], log_weight.detach().cummax(-1).values)
+    row_scale = _finite(row_maximum)
+
+    size = log_weight.shape[-1]
+    visible = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    weight = (log_weight[..., None, :] - row_scale[..., None]).masked_fill(~visible, -torch.inf).exp()
+    scores = query @ key[:, :, None].transpose(-1, -2) * weight[:, :, None]
+    within_bound = (weight @ key.norm(dim=-1)[..., None])[:, :, None]
+
+    # states are prefix sums over chunks; a small triangular matrix rescales each chunk to the prefix's maximum
+    count = maxima.shape[-1]
+    lower = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
+    rescale = (maxima[..., None, :] - _finite(before)[..., None]).masked_fill(~lower, -torch.inf).exp()
+    states = torch.cat([state.values[:, :, None], summaries.values], dim=2)
+    norms = torch.cat([state.norms[:, :, None], summaries.norms], dim=2)
+    prefix = (rescale @ states.flatten(-2)).unflatten(-1, states.shape[-2:])
+    prefix_norm = (rescale @ norms[..., None]).squeeze(-1)
+
+    carried = (before[..., :-1, None] - row_scale).exp()[:, :, None, ..., None]
+    sums = scores @ value[:, :, None] + carried * (query @ prefix[:, :, None, :-1])
+    bound = within_bound + carried * prefix_norm[:, :, None, :-1, None, None]
+    bound = bound * query.norm(dim=-1, keepdim=True)
+    maximum = row_maximum[:, :, None, ..., None].expand(bound.shape)
+    return (sums, bound, maximum), State(prefix[:, :, -1], prefix_norm[:, :, -1], before[..., -1])
+
+
+def _summarise(key, log_weight, value):
+    """Keys (..., T, F), log-weights (..., T), values (..., T, D + 1) -> their maxima (...) and `State`."""
+    maximum = log_weight.detach().amax(-1)
+    weight = (log_weight - _finite(maximum)[..., None]).exp()
+    values = (key * weight[..., None]).transpose(-1, -2) @ value
+    return maximum, State(values, (weight * key.norm(dim=-1)).sum(-1), maximum)
+
+
+def _finite(maximum: torch.Tensor) -> torch.Tensor:
+    """Zero in place of the maximum of no keys, so that exp(-inf - maximum) is 0 and not NaN."""
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+
+
+def _with_ones(value: torch.Tensor) -> torch.Tensor:
+    """Values with a last column of ones, whose weighted sum is the denominator."""
+    value = value.float()
+    return torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+
+
+def _grouped(query: torch.Tensor, state_heads: int) -> torch.Tensor:
+    """(B, H, ...) -> (B, S, H / S, ...)."""
+    return query.unflatten(1, (state_heads, -1))
+
+
+def _ungrouped(sums, bound, maximum) -> RowSums:
+    return RowSums(
+        sums[..., :-1].flatten(1, 2), sums[..., -1].flatten(1, 2), bound.flatten(1, 2), maximum.flatten(1, 2)
+    )
+
+
+def _cut(x: torch.Tensor, padding: int, chunk: int, fill: float = 0.0) -> torch.Tensor:
+    """(..., T, F) -> (..., N, C, F), the end padded."""
+    return torch.nn.functional.pad(x, (0, 0, 0, padding), value=fill).unflatten(-2, (-1, chunk))

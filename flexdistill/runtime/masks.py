@@ -1,0 +1,77 @@
+"""The mask that Flexformer attention asks transformers for: padding as it came, a full mask only if a layer needs it."""
+
+import torch
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
+
+# what makes a full mask, out of all that transformers passes to a mask function
+_MASK_ARGUMENTS = ("allow_is_causal_skip", "allow_is_bidirectional_skip", "use_vmap", "device", "dtype")
+
+
+class LazyMask:
+    """Keeps the padding of shape (B, key length) and builds a full mask when a softmax layer asks.
+
+    Stands in for a tensor where modelling code moves or reshapes its mask before attention.
+    """
+
+    ndim = 2
+
+    def __init__(self, **arguments):
+        self._arguments = arguments
+        self._built: dict = {}
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """bool (B, key length), False at padding; None if there is none."""
+        return self._arguments["attention_mask"]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the mask is just causal or bidirectional, with padding; packed sequences and prefixes are not."""
+        return self._arguments["mask_function"] in (causal_mask_function, bidirectional_mask_function)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._arguments["batch_size"], self._arguments["kv_offset"] + self._arguments["kv_length"]
+
+    def to(self, device=None, *args, **kwargs) -> "LazyMask":
+        if device is None or isinstance(device, torch.dtype):
+            return self
+        padding = None if self.padding is None else self.padding.to(device)
+        return LazyMask(**{**self._arguments, "device": device, "attention_mask": padding})
+
+    def contiguous(self) -> "LazyMask":
+        return self
+
+    def view(self, *shape) -> "LazyMask":
+        return self
+
+    def build(self, implementation: str) -> torch.Tensor | None:
+        """The full mask that "sdpa" or "eager" attention takes."""
+        if implementation not in self._built:
+            self._built[implementation] = {"sdpa": sdpa_mask, "eager": eager_mask}[implementation](**self._arguments)
+        return self._built[implementation]
+
+
+def flexformer_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs,
+) -> LazyMask:
+    """The mask function registered with transformers' AttentionMaskInterface."""
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.padding
+    return LazyMask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **{name: kwargs[name] for name in _MASK_ARGUMENTS if name in kwargs},
+    )

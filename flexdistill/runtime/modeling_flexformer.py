@@ -1,0 +1,181 @@
+"""Model classes of converted models, made on demand from the base model's own classes.
+
+`FlexformerGPT2LMHeadModel` is a subclass of `GPT2LMHeadModel` with a feature map beside each converted attention module.
+Weights keep the base model's names; those of feature maps end in `.flexformer.*`. This file and the ones that it imports
+are copied into every checkpoint, where they need torch and transformers only.
+"""
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, conversion_mapping
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration_flexformer import MODEL_TYPE, FlexformerConfigMixin, KernelSpec
+from .feature_maps import FeatureMap
+from .interface import NAME, find_cache_layer
+from .registry import build_feature_map
+
+_PREFIX = "Flexformer"
+_classes: dict[str, type] = {}
+
+
+class FlexformerConfig(PreTrainedConfig):
+    """What AutoConfig finds under model_type "flexformer": hands over to a subclass of the base model's configuration."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        base_model_type = config_dict.get("base_model_type")
+        if base_model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"The checkpoint's base_model_type is {base_model_type!r}, which transformers "
+                f"{transformers.__version__} does not know; install a version that has it."
+            )
+        settings = {name: value for name, value in config_dict.items() if name != "model_type"}
+        return flexformer_class(CONFIG_MAPPING[base_model_type]).from_dict(settings, **kwargs)
+
+
+class FlexformerMixin:
+    """Mixed into a subclass of the base model's class: attaches the feature maps that the configuration names."""
+
+    _is_stateful = True  # generate() then refuses what would need to roll the state back
+
+    def __init__(self, config, *args, **kwargs):
+        # the implementation is checked while the base class builds itself, and set once the feature maps are in place
+        config._attn_implementation_internal = None
+        super().__init__(config, *args, **kwargs)
+        attach_feature_maps(self.base_model, config.kernel_specs)
+        for module in self.modules():
+            holds_maps = any(isinstance(child, FeatureMap) for child in module.modules())
+            if isinstance(module, PreTrainedModel) and not isinstance(module, FlexformerMixin) and holds_maps:
+                # an inner model initialises missing weights by its own class
+                module.__class__ = flexformer_class(type(module))
+        self.set_attn_implementation(NAME)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, FeatureMap):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+def attach_feature_maps(base_model: nn.Module, specs: dict[str, KernelSpec]) -> None:
+    """Puts a feature map, freshly initialised unless on the meta device, into each named attention module."""
+    for name, spec in specs.items():
+        module = base_model.get_submodule(name)
+        feature_map = build_feature_map(spec)
+        if not any(parameter.is_meta for parameter in feature_map.parameters()):
+            feature_map.reset_parameters()
+        module.add_module(NAME, feature_map)
+        if hasattr(module, "layer_idx"):
+            module.register_forward_pre_hook(find_cache_layer, with_kwargs=True)
+
+
+def convert_model(model: PreTrainedModel, specs: dict[str, KernelSpec]) -> PreTrainedModel:
+    """A Flexformer model that takes over the weights of `model`, its new feature maps freshly initialised.
+
+    Args:
+        model: a model of a class that transformers has; its parameters and buffers move over, it must not be used again.
+        specs: module name relative to `model.base_model` -> the kernel it gets.
+    """
+    config_class = flexformer_class(type(model.config))
+    settings = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
+    config = config_class(**settings, flexformer={"layers": {name: spec.to_dict() for name, spec in specs.items()}})
+    config.auto_map = auto_map(type(model.config))
+    device, dtype = model.device, model.dtype
+    with torch.device("meta"):
+        converted = flexformer_class(type(model))(config)
+    converted.load_state_dict(model.state_dict(), strict=False, assign=True)
+    buffers = dict(model.named_buffers())
+    for name, _ in list(converted.named_buffers()):
+        holder, _, leaf = name.rpartition(".")
+        converted.get_submodule(holder)._buffers[leaf] = buffers[name]
+    for module in converted.modules():
+        if isinstance(module, FeatureMap):
+            module.to_empty(device=device)
+            module.reset_parameters()
+    converted.tie_weights()
+    converted.to(dtype)
+    for name in specs:
+        # kernels keep full precision: their small updates would be lost in half of it
+        converted.base_model.get_submodule(name).get_submodule(NAME).float()
+    if model.can_generate():
+        converted.generation_config = model.generation_config
+    return converted.train(model.training)
+
+
+def auto_map(base_config_class: type[PreTrainedConfig]) -> dict[str, str]:
+    """The `auto_map` of config.json: which class of this file serves each auto class."""
+    module = __name__.rpartition(".")[2]
+    heads = {auto: f"{module}.{_PREFIX}{model.__name__}" for auto, model in _auto_classes(base_config_class)}
+    return {"AutoConfig": f"{module}.FlexformerConfig", **heads}
+
+
+def flexformer_class(base: type) -> type:
+    """The Flexformer subclass of a configuration or model class that transformers has; always the same object."""
+    name = _PREFIX + base.__name__
+    if name not in _classes:
+        _classes[name] = _config_class(name, base) if issubclass(base, PreTrainedConfig) else _model_class(name, base)
+    return _classes[name]
+
+
+def _config_class(name: str, base: type[PreTrainedConfig]) -> type:
+    def __init__(self, flexformer=None, base_model_type=None, **kwargs):
+        kwargs.pop("model_type", None)
+        base.__init__(self, **kwargs)
+        self.flexformer = flexformer or {"layers": {}}
+
+    namespace = {"__module__": __name__, "__qualname__": name, "__init__": __init__}
+    cls = _classes[name] = type(name, (FlexformerConfigMixin, base), namespace)
+    for auto, model in _auto_classes(base):
+        getattr(transformers, auto).register(cls, flexformer_class(model), exist_ok=True)
+    return cls
+
+
+def _model_class(name: str, base: type[PreTrainedModel]) -> type:
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "config_class": flexformer_class(base.config_class),
+        # transformers reads a class's configuration from this annotation, and would find the base's
+        "config": None,
+    }
+    if name in _classes:  # made while its configuration class was
+        return _classes[name]
+    cls = type(name, (FlexformerMixin, base), namespace)
+    cls._auto_class = next((auto for auto, model in _auto_classes(base.config_class) if model is base), "AutoModel")
+    # renamings of weights on disk are looked up by class, and a subclass of another name would miss them
+    for key in (base.__name__, base.config_class.model_type):
+        renamings = conversion_mapping.get_checkpoint_conversion_mapping(key)
+        if renamings:
+            conversion_mapping.register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
+            break
+    return cls
+
+
+def _auto_classes(base_config_class: type[PreTrainedConfig]) -> list[tuple[str, type[PreTrainedModel]]]:
+    """(auto class name, model class) of every head that transformers has for a configuration."""
+    found = []
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and base_config_class in mapping:
+            model = mapping[base_config_class]
+            found.append((name, model[0] if isinstance(model, (tuple, list)) else model))
+    return found
+
+
+def __getattr__(name: str):
+    """Classes made on demand, so that `auto_map` and pickle can name any of them (PEP 562)."""
+    base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return flexformer_class(base)
+
+
+# the copy inside a checkpoint is found through its auto_map; registering it would let it serve other checkpoints
+if not __name__.startswith("transformers_modules."):
+    AutoConfig.register(MODEL_TYPE, FlexformerConfig, exist_ok=True)
