@@ -13,7 +13,9 @@ from .errors import FlexdistillError
 
 _PACKAGE = Path(__file__).parent
 # the wheel carries recipes/ inside the package; a checkout keeps it at the top level
-RECIPES_FOLDER = next((f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if f.is_dir()), _PACKAGE / "recipes")
+RECIPES_FOLDER = next(
+    (f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if f.is_dir()), _PACKAGE / "recipes"
+)
 
 
 class _Section(BaseModel):
@@ -25,9 +27,13 @@ class KernelRecipe(_Section):
 
     variant: str = Field("nonstationary", description="registered kernel; `flexdistill variants` lists them")
     component: str | None = Field(None, description="component function of the Flexformer variants; None: hyperbolic")
-    features: int | None = Field(None, ge=1, description="frequencies per head; the map has twice as many features; None: head size")
+    features: int | None = Field(
+        None, ge=1, description="frequencies per head; the map has twice as many features; None: head size"
+    )
     tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
-    key_heads: Literal["query", "kv"] = Field("query", description="a key map and a state per query head, or per KV head")
+    key_heads: Literal["query", "kv"] = Field(
+        "query", description="a key map and a state per query head, or per KV head"
+    )
     window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
     layers: str = Field("all", description="layers to convert: all, or indices such as 0-5,9 or every:4")
 
@@ -35,7 +41,10 @@ class KernelRecipe(_Section):
 class DataRecipe(_Section):
     """Text to train on, cut into sequences of equal length in an order fixed by the seed."""
 
-    source: str = Field("Salesforce/wikitext", description="file or folder of text, jsonl or parquet (also .xz .gz .zst), a `datasets` name, or `sample`")
+    source: str = Field(
+        "Salesforce/wikitext",
+        description="file or folder of text, jsonl or parquet (also .xz .gz .zst), a `datasets` name, or `sample`",
+    )
     config: str | None = Field(None, description="configuration of a `datasets` name")
     split: str | None = Field(None, description="split of a `datasets` name; None: train")
     column: str | None = Field(None, description="column that holds the text; None: text")
@@ -54,17 +63,23 @@ class EvaluationRecipe(_Section):
     batch_size: int = Field(8, ge=1, description="sequences per forward pass")
 
 
-class _Stage(_Section):
+class StageRecipe(_Section):
+    """What both training stages have in common."""
+
     steps: int = Field(ge=0, description="optimiser steps; 0 skips the stage")
     batch_size: int = Field(8, ge=1, description="sequences per optimiser step, over all processes")
-    micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass and process; None: as many as the batch gives")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="sequences per forward pass and process; None: as many as the batch gives"
+    )
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(ge=0)
-    final_learning_rate_ratio: float = Field(0.05, ge=0, le=1, description="where the cosine ends, as a share of learning_rate")
+    final_learning_rate_ratio: float = Field(
+        0.05, ge=0, le=1, description="where the cosine ends, as a share of learning_rate"
+    )
     clip_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
 
 
-class AttentionTransferRecipe(_Stage):
+class AttentionTransferRecipe(StageRecipe):
     """Stage 1: each kernel learns the softmax attention of its own layer; the model is frozen."""
 
     steps: int = Field(260, ge=0)
@@ -72,7 +87,9 @@ class AttentionTransferRecipe(_Stage):
     warmup_steps: int = Field(30, ge=0)
     cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy between attention rows")
     output_mse_weight: float = Field(1.0, ge=0, description="weight of the relative error of the attention output")
-    negative_mass_weight: float | None = Field(None, ge=0, description="weight of the negative mass of a signed kernel; None: 2 where the kernel is signed")
+    negative_mass_weight: float | None = Field(
+        None, ge=0, description="weight of the negative mass of a signed kernel; None: 2 where the kernel is signed"
+    )
 
 
 class LoraRecipe(_Section):
@@ -83,7 +100,7 @@ class LoraRecipe(_Section):
     target_modules: str | list[str] = "all-linear"
 
 
-class LogitDistillationRecipe(_Stage):
+class LogitDistillationRecipe(StageRecipe):
     """Stage 2: the converted model learns the teacher's distribution over the next token."""
 
     steps: int = Field(150, ge=0)
@@ -92,13 +109,17 @@ class LogitDistillationRecipe(_Stage):
     warmup_steps: int = Field(20, ge=0)
     train: Literal["full", "lora", "kernels"] = Field("full", description="what is trained beside the kernels")
     temperature: float = Field(1.0, gt=0)
-    label_weight: float = Field(0.0, ge=0, le=1, description="share of the label loss; the rest is the KL to the teacher")
+    label_weight: float = Field(
+        0.0, ge=0, le=1, description="share of the label loss; the rest is the KL to the teacher"
+    )
     lora: LoraRecipe | None = Field(None, description="only with train: lora")
 
     @model_validator(mode="after")
     def _used_settings_only(self):
         if self.lora is not None and self.train != "lora":
-            raise ValueError(f"lora is set but train is {self.train!r}, which would ignore it; set train: lora or remove lora")
+            raise ValueError(
+                f"lora is set but train is {self.train!r}, which would ignore it; set train: lora or remove lora"
+            )
         if self.train == "kernels" and "learning_rate" in self.model_fields_set:
             raise ValueError("learning_rate is ignored with train: kernels; set kernel_learning_rate instead")
         return self

@@ -137,8 +137,8 @@ class FlexformerFeatureMap(FeatureMap):
 class HyperbolicFeatureMap(FlexformerFeatureMap):
     """The spectral kernel continued to imaginary frequencies, positive by construction.
 
-    log phi(x) = [W1 x + log cosh(W2 x) + b, -W1 x + log cosh(W2 x) + b'], with b and b' learned log-amplitudes, and
-    keys weighted by exp(gamma |k|^2) with gamma learned per head.
+    log phi(x) = [W1 x + log cosh(W2 x) + b, -W1 x + log cosh(W2 x) + b'] - log(2 n) / 2, with b and b' learned
+    log-amplitudes, and keys weighted by exp(gamma |k|^2) with gamma learned per head.
     """
 
     # |k|^2 is of the order of 100, so the learned coefficient moves in tenths
@@ -164,7 +164,10 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     def _log_features(self, x: torch.Tensor, parameters: nn.ParameterDict) -> torch.Tensor:
         phase = project(x, parameters["w1"])
         envelope = log_cosh(project(x, parameters["w2"])) if self.nonstationary else 0.0
-        return torch.cat([envelope + phase, envelope - phase], -1) + per_head(parameters["log_amplitude"], x)[:, None]
+        log_features = (
+            torch.cat([envelope + phase, envelope - phase], -1) + per_head(parameters["log_amplitude"], x)[:, None]
+        )
+        return log_features - 0.5 * math.log(self.num_features)
 
     def query_features(self, query):
         return from_log(self._log_features(query, self._maps()[0]))

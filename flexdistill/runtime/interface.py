@@ -90,6 +90,8 @@ def visible_keys(mask: LazyMask | torch.Tensor | None, length: int) -> torch.Ten
 
 def find_cache_layer(module: nn.Module, args, kwargs):
     """Forward pre-hook of a converted module: passes its cache layer on to `flexformer_attention`."""
+    if module.config._attn_implementation != NAME:  # another attention function keeps its own kind of cache
+        return None
     layer = memory_layer(module, args, kwargs)
     return None if layer is None else (args, {**kwargs, _CACHE_ARGUMENT: layer})
 

@@ -1,0 +1,65 @@
+"""The public functions: what the command line does, in Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .convert import Plan, make_plan
+from .evaluate import evaluate_checkpoint
+from .pipeline import convert as run_conversion
+from .recipe import EvaluationRecipe, Recipe
+from .sources import load_model, resolve_model
+
+
+def convert(
+    model: str,
+    output: str | Path,
+    *,
+    recipe: Recipe | str | Path = "default",
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> dict:
+    """Converts a pretrained model and writes the result to a folder that AutoModel loads.
+
+    Args:
+        model: Hub id, folder, .gguf file or package:NAME.
+        output: folder to write.
+        recipe: a recipe, a file, or the name of a shipped one.
+        overwrite: replace what `output` holds.
+        resume: go on with the unfinished run beside `output`.
+        settings: recipe settings, sections divided by two underscores: `kernel__window=64`.
+
+    Returns:
+        the metrics that metrics.json holds.
+
+    Raises:
+        FlexdistillError: if the input does not fit; nothing on disk has changed then.
+    """
+    return run_conversion(_with_settings(recipe, model, settings), output, overwrite=overwrite, resume=resume)
+
+
+def evaluate(directory: str | Path, *, teacher: str, data: str, **settings: Any) -> dict:
+    """Compares a converted model with its teacher on a text; returns what `compare_models` does.
+
+    Args:
+        directory: folder or Hub id of the converted model.
+        teacher: the model it was made from.
+        data: text, jsonl or parquet file or folder, or a `datasets` name.
+        settings: fields of the recipe's evaluation section, such as `sequence_length`.
+    """
+    return evaluate_checkpoint(directory, teacher, EvaluationRecipe(source=data, **settings))
+
+
+def plan(model: str, *, recipe: Recipe | str | Path = "default", **settings: Any) -> Plan:
+    """What would become of each attention module of a model; arguments as in `convert`."""
+    resolved = _with_settings(recipe, model, settings)
+    loaded = load_model(resolve_model(model), trust_remote_code=resolved.trust_remote_code)
+    return make_plan(loaded, resolved.kernel)
+
+
+def _with_settings(recipe: Recipe | str | Path, model: str, settings: dict[str, Any]) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    return recipe.override({"model": model} | {name.replace("__", "."): value for name, value in settings.items()})

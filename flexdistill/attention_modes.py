@@ -1,0 +1,138 @@
+"""Other attention in the place of Flexformer's: the teacher's softmax, recordings of it, and what evaluation takes away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .runtime.attention import Memory, window_sums
+from .runtime.feature_maps import FeatureMap
+from .runtime.interface import NAME, flexformer_attention, softmax_attention, visible_keys
+from .runtime.masks import flexformer_mask
+
+_CUSTOM = NAME + "_custom"
+
+
+@dataclass
+class AttentionCall:
+    """One call of an attention function: who called, with what."""
+
+    module: nn.Module
+    query: torch.Tensor  # (B, H, T, d)
+    key: torch.Tensor  # (B, K, T, d)
+    value: torch.Tensor  # (B, K, T, D)
+    mask: Any
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def feature_map(self) -> FeatureMap | None:
+        """The module's kernel; None where attention stays softmax."""
+        return getattr(self.module, NAME, None)
+
+    @property
+    def scaling(self) -> float:
+        scaling = self.arguments.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    @property
+    def causal(self) -> bool:
+        """A keyword beats the module's attribute, as in transformers' own attention functions."""
+        asked = self.arguments.get("is_causal")
+        return getattr(self.module, "is_causal", True) if asked is None else asked
+
+    def visible(self) -> torch.Tensor | None:
+        """bool (B, T), False at padding; None if all keys are visible."""
+        return visible_keys(self.mask, self.key.shape[-2])
+
+    def softmax(self) -> torch.Tensor:
+        """The model's own attention output, (B, T, H, D)."""
+        return softmax_attention(self.module, self.query, self.key, self.value, self.mask, **self.arguments)[0]
+
+    def flexformer(self) -> torch.Tensor:
+        """The converted module's attention output, (B, T, H, D)."""
+        return flexformer_attention(self.module, self.query, self.key, self.value, self.mask, **self.arguments)[0]
+
+    def window_only(self) -> torch.Tensor:
+        """Flexformer attention without its kernel: softmax over the window alone, (B, T, H, D)."""
+        window = self.feature_map.spec.window
+        memory = Memory.empty(self.key, self.value, window)
+        visible = self.visible()
+        if visible is None:
+            visible = torch.ones(self.key.shape[0], self.key.shape[-2], dtype=torch.bool, device=self.key.device)
+        rows = window_sums(
+            self.query,
+            torch.cat([memory.key, self.key], dim=2),
+            torch.cat([memory.value, self.value], dim=2),
+            torch.cat([memory.visible, visible], dim=1),
+            window,
+            self.scaling,
+        )
+        output = rows.numerator / rows.denominator.masked_fill(rows.denominator == 0, 1.0)[..., None]
+        return output.to(self.query.dtype).transpose(1, 2).contiguous()
+
+    def nothing(self) -> torch.Tensor:
+        """Zeros in the place of the attention output, (B, T, H, D)."""
+        batch, heads, length, _ = self.query.shape
+        return self.query.new_zeros(batch, length, heads, self.value.shape[-1])
+
+
+@contextlib.contextmanager
+def attention_function(model: PreTrainedModel, function: Callable[[AttentionCall], torch.Tensor]) -> Iterator[None]:
+    """Every attention module of `model` calls `function`, which gives its output (B, T, H, D), inside the context."""
+
+    def attend(module, query, key, value, attention_mask=None, **arguments):
+        return function(AttentionCall(module, query, key, value, attention_mask, arguments)), None
+
+    AttentionInterface.register(_CUSTOM, attend)
+    AttentionMaskInterface.register(_CUSTOM, flexformer_mask)
+    with attention_implementation(model, _CUSTOM):
+        yield
+
+
+@contextlib.contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """`model` uses the attention implementation that transformers knows by `name` inside the context."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def softmax_mode(model: PreTrainedModel):
+    """Context in which a converted model computes its base model's softmax attention."""
+    return attention_implementation(model, "sdpa" if model._supports_sdpa else "eager")
+
+
+def in_converted_modules(ablation: Callable[[AttentionCall], torch.Tensor]) -> Callable[[AttentionCall], torch.Tensor]:
+    """An attention function that applies `ablation` to converted modules and softmax to the rest."""
+    return lambda call: call.softmax() if call.feature_map is None else ablation(call)
+
+
+def run_base_model(model: PreTrainedModel, sequences: torch.Tensor) -> ModelOutput:
+    """The base model's output for whole token sequences (B, T), without a cache."""
+    arguments = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    return model.base_model(input_ids=sequences, **arguments)
+
+
+def record_attention(
+    model: PreTrainedModel, function: Callable[[AttentionCall], torch.Tensor], sequences: torch.Tensor
+) -> list[AttentionCall]:
+    """The attention calls of one forward pass of the base model without gradients, in order."""
+    calls: list[AttentionCall] = []
+
+    def record(call: AttentionCall) -> torch.Tensor:
+        calls.append(call)
+        return function(call)
+
+    with torch.no_grad(), attention_function(model, record):
+        run_base_model(model, sequences)
+    return calls

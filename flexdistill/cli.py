@@ -1,0 +1,344 @@
+"""The command line. torch is imported inside the commands that need it, so that help and usage errors come at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import FlexdistillError
+
+# option -> settings of the recipe that it replaces
+_KERNEL = ("variant", "component", "features", "window", "tied", "key_heads", "layers")
+_STAGES = ("attention_transfer", "logit_distillation")
+RECIPE_SETTINGS = {
+    **{name: [f"kernel.{name}"] for name in _KERNEL},
+    **{name: [f"{stage}.{name}" for stage in _STAGES] for name in ("batch_size", "micro_batch_size")},
+    **{name: [name] for name in ("seed", "precision", "trust_remote_code")},
+    "sequence_length": ["data.sequence_length"],
+    "attention_steps": ["attention_transfer.steps"],
+    "logit_steps": ["logit_distillation.steps"],
+    "train": ["logit_distillation.train"],
+}
+
+SOURCE_HELP = "A file or folder of text, `sample`, or a `datasets` name as NAME[:CONFIG[:SPLIT[:COLUMN]]]."
+
+app = typer.Typer(
+    help="Converts pretrained Hugging Face transformers to Flexformer linear attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _set_debug(debug: bool) -> None:
+    if debug:
+        os.environ["FLEXDISTILL_DEBUG"] = "1"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flexdistill {__version__}")
+        raise typer.Exit
+
+
+def _option(*names: str, panel: str | None = None, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, show_default=False, **settings)
+
+
+_kernel_option = partial(_option, panel="Kernel")
+_training_option = partial(_option, panel="Training")
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file or package:NAME.")]
+Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")]
+Json = Annotated[bool, _option("--json", help="Print JSON to stdout.")]
+Debug = Annotated[bool, _option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+TrustRemoteCode = Annotated[bool | None, _option("--trust-remote-code", help="Run code that the source model ships.")]
+
+Variant = Annotated[str | None, _kernel_option(help="Kernel; `flexdistill variants` lists them.")]
+Component = Annotated[str | None, _kernel_option(help="Component function of the Flexformer variants.")]
+Features = Annotated[int | None, _kernel_option(help="Frequencies n per head; a map has 2 n features.")]
+Window = Annotated[int | None, _kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
+Tied = Annotated[bool | None, _kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
+KeyHeads = Annotated[str | None, _kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
+Layers = Annotated[str | None, _kernel_option(help="all, indices such as 0-5,9 or every:4.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, _option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    model: Model,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a file.")] = "default",
+    variant: Variant = None,
+    component: Component = None,
+    features: Features = None,
+    window: Window = None,
+    tied: Tied = None,
+    key_heads: KeyHeads = None,
+    layers: Layers = None,
+    data: Annotated[str | None, _training_option(metavar="SOURCE", help=SOURCE_HELP)] = None,
+    sequence_length: Annotated[int | None, _training_option(help="Tokens per sequence.")] = None,
+    attention_steps: Annotated[int | None, _training_option(help="Steps of attention transfer.")] = None,
+    logit_steps: Annotated[int | None, _training_option(help="Steps of logit distillation.")] = None,
+    batch_size: Annotated[int | None, _training_option(help="Sequences per step, in both stages.")] = None,
+    micro_batch_size: Annotated[int | None, _training_option(help="Sequences per forward pass.")] = None,
+    train: Annotated[str | None, _training_option(metavar="full|lora|kernels", help="What is trained besides.")] = None,
+    eval_data: Annotated[str | None, _training_option(metavar="SOURCE", help="As --data; else held out of it.")] = None,
+    seed: Annotated[int | None, _training_option(help="Fixes the data order and the initial kernels.")] = None,
+    precision: Annotated[str | None, _training_option(metavar="auto|fp32|bf16")] = None,
+    settings: Annotated[
+        list[str] | None, _option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
+    ] = None,
+    output: Annotated[Path | None, _option(help="Folder of the result; else NAME-flexformer.")] = None,
+    overwrite: Annotated[bool, _option("--overwrite", help="Replace what is in the output folder.")] = False,
+    resume: Annotated[bool, _option("--resume", help="Go on from the output folder's newest checkpoint.")] = False,
+    dry_run: Annotated[bool, _option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Json = False,
+    trust_remote_code: TrustRemoteCode = None,
+    debug: Debug = False,
+) -> None:
+    """Convert MODEL, distil it and write a checkpoint."""
+    resolved = _recipe(context.params)
+    if dry_run:
+        _show_plan(resolved, as_json)
+        return
+    from .pipeline import convert as run
+
+    metrics = run(resolved, output or _default_output(model), overwrite=overwrite, resume=resume)
+    _show_metrics(metrics, model, as_json)
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    model: Model,
+    variant: Variant = None,
+    component: Component = None,
+    features: Features = None,
+    window: Window = None,
+    tied: Tied = None,
+    key_heads: KeyHeads = None,
+    layers: Layers = None,
+    as_json: Json = False,
+    trust_remote_code: TrustRemoteCode = None,
+    debug: Debug = False,
+) -> None:
+    """Show what would become of each attention module of MODEL."""
+    _show_plan(_recipe(context.params), as_json)
+
+
+@app.command()
+def evaluate(
+    directory: Checkpoint,
+    teacher: Annotated[str, typer.Option(help="The model it was converted from.", metavar="MODEL")],
+    data: Annotated[str, typer.Option(help=SOURCE_HELP, metavar="SOURCE")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences evaluated, taken in order.")] = 48,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare a converted model with its teacher."""
+    from .recipe import Recipe
+
+    settings = _source_settings("evaluation", data) | {
+        "evaluation.sequence_length": sequence_length,
+        "evaluation.sequences": sequences,
+        "evaluation.batch_size": batch_size,
+    }
+    evaluation = Recipe().override(settings).evaluation
+    from .evaluate import evaluate_checkpoint
+
+    _show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
+
+
+@app.command()
+def generate(
+    directory: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float | None, _option(min=0, max=1, help="Mass of the likely tokens to sample from.")] = None,
+    seed: Annotated[int | None, _option(help="Fixes what is sampled.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue PROMPT with a converted model."""
+    if temperature == 0 and (top_p is not None or seed is not None):
+        raise typer.BadParameter("--top-p and --seed need a --temperature above 0.")
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    generation = _generate(directory, prompt, seed, max_new_tokens=max_new_tokens, **sampling)
+    if as_json:
+        _print_json(generation)
+    elif _is_main_process():
+        from .tables import format_bytes
+
+        print(generation["text"])
+        state = format_bytes(generation["state_bytes"])
+        print(f"{generation['tokens_per_s']:.1f} tokens/s, {state} of state", file=sys.stderr)
+
+
+@app.command()
+def variants(as_json: Json = False) -> None:
+    """List the kernels that --variant and --component choose from."""
+    from .runtime.registry import feature_map_class, kernels
+
+    rows = []
+    for variant, component in kernels():
+        kernel = feature_map_class(variant, component)
+        tied, paper = kernel.tied_by_default, kernel.paper
+        rows.append(dict(variant=variant, component=component, signed=kernel.signed, tied=tied, paper=paper))
+    if as_json:
+        _print_json(rows)
+    else:
+        from .tables import print_table
+
+        print_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
+    """List the shipped recipes, or print one."""
+    from .recipe import RECIPES_FOLDER, Recipe, shipped_recipes
+
+    for known in [name] if name else shipped_recipes():
+        Recipe.load(known)
+        text = (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8")
+        print(text if name else f"{known:10} {text.splitlines()[0].removeprefix('# ')}", end="" if name else "\n")
+
+
+def main() -> None:
+    """The console script: errors that a user can act on are one line on stderr and exit code 2."""
+    try:
+        app()
+    except FlexdistillError as error:
+        if os.environ.get("FLEXDISTILL_DEBUG") == "1":
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _recipe(options: dict[str, Any]) -> Any:
+    from .recipe import Recipe
+
+    settings: dict[str, Any] = {"model": options["model"]}
+    for option, keys in RECIPE_SETTINGS.items():
+        if options.get(option) is not None:
+            settings.update(dict.fromkeys(keys, options[option]))
+    for section, source in (("data", options.get("data")), ("evaluation", options.get("eval_data"))):
+        if source is not None:
+            settings.update(_source_settings(section, source))
+    for assignment in options.get("settings") or []:
+        settings.update([_parse_assignment(assignment)])
+    return Recipe.load(options.get("recipe", "default")).override(settings)
+
+
+def _source_settings(section: str, source: str) -> dict[str, str | None]:
+    """NAME[:CONFIG[:SPLIT[:COLUMN]]] as settings; a path that exists is never split."""
+    parts = [source] if Path(source).exists() else source.split(":")
+    names = ("source", "config", "split", "column")
+    if len(parts) > len(names):
+        raise FlexdistillError(f"Source {source!r} has too many parts; write NAME[:CONFIG[:SPLIT[:COLUMN]]].")
+    # parts left out are cleared: those of the recipe belong to another source
+    values = [part or None for part in parts] + [None] * (len(names) - len(parts))
+    return {f"{section}.{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def _parse_assignment(assignment: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = assignment.partition("=")
+    if not equals:
+        raise FlexdistillError(f"--set {assignment!r} has no value; write KEY=VALUE, such as kernel.window=64.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise FlexdistillError(f"--set {assignment!r}: the value is not valid YAML.") from error
+
+
+def _default_output(model: str) -> Path:
+    name = Path(model).absolute().name.removeprefix("package:").removesuffix(".gguf")
+    return Path(f"{name}-flexformer")
+
+
+def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) -> dict[str, Any]:
+    import torch
+    from transformers import set_seed
+
+    from .evaluate import load_converted
+    from .runtime.cache import cache_num_bytes
+    from .sources import load_tokenizer, resolve_model
+
+    tokenizer = load_tokenizer(resolve_model(directory))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    if not inputs["input_ids"].numel():
+        raise FlexdistillError("The prompt has no tokens; give some text to continue.")
+    model = load_converted(directory).to(device)
+    if not all(kernel.causal for kernel in model.config.kernel_specs.values()):
+        raise FlexdistillError(f"{directory} attends in both directions, so it cannot generate; give a causal model.")
+    if seed is not None:
+        set_seed(seed)
+    start = time.perf_counter()
+    output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+    elapsed_s = time.perf_counter() - start
+    (tokens,) = output.sequences
+    return {
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "new_tokens": (new_tokens := len(tokens) - inputs["input_ids"].shape[1]),
+        "elapsed_s": elapsed_s,
+        "tokens_per_s": new_tokens / elapsed_s,
+        "state_bytes": cache_num_bytes(output.past_key_values),
+    }
+
+
+def _show_plan(recipe: Any, as_json: bool) -> None:
+    from .convert import make_plan, resolve_kernel
+    from .sources import load_model, resolve_model
+
+    kernel = resolve_kernel(recipe.kernel)  # a misspelt variant is told before a large model is read
+    model = load_model(resolve_model(recipe.model), trust_remote_code=recipe.trust_remote_code)
+    plan = make_plan(model, kernel)
+    if as_json:
+        _print_json(plan.to_dict())
+    elif _is_main_process():
+        from .tables import print_plan
+
+        print_plan(plan)
+
+
+def _show_metrics(metrics: dict[str, Any], title: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(metrics)
+    elif _is_main_process():
+        from .tables import print_metrics
+
+        print_metrics(metrics, title)
+
+
+def _print_json(value: Any) -> None:
+    if _is_main_process():
+        print(json.dumps(value, indent=2))
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"

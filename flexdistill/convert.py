@@ -1,0 +1,240 @@
+"""What becomes of each attention module: a plan that can be printed, then its application."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .attention_modes import AttentionCall, record_attention
+from .errors import FlexdistillError
+from .recipe import KernelRecipe
+from .runtime.configuration_flexformer import KernelSpec
+from .runtime.modeling_flexformer import convert_model
+from .runtime.registry import FEATURE_MAPS, build_feature_map, feature_map_class
+
+CONVERT, KEEP = "convert", "keep"
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one attention module, and why."""
+
+    name: str  # relative to the base model
+    action: str  # "convert" or "keep"
+    reason: str
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    causal: bool
+    spec: KernelSpec | None  # None where the module stays softmax
+    parameters: int  # added
+    state_bytes: int  # per sequence, of any length
+    kv_bytes_per_token: int  # of the softmax module
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a model; pure, so it can be printed, compared and applied later."""
+
+    model_class: str
+    modules: tuple[ModulePlan, ...]
+
+    @property
+    def converted(self) -> tuple[ModulePlan, ...]:
+        return tuple(module for module in self.modules if module.action == CONVERT)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters added."""
+        return sum(module.parameters for module in self.converted)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per sequence that the converted modules keep, whatever its length."""
+        return sum(module.state_bytes for module in self.converted)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes per token that the converted modules kept before."""
+        return sum(module.kv_bytes_per_token for module in self.converted)
+
+    @property
+    def break_even_tokens(self) -> int | None:
+        """Sequence length from which the state is smaller than the KV cache was; None if there was no cache."""
+        return -(-self.state_bytes // self.kv_bytes_per_token) if self.kv_bytes_per_token else None
+
+    def to_dict(self) -> dict:
+        """Everything in the plan and its totals, ready for JSON."""
+        totals = ("parameters", "state_bytes", "kv_bytes_per_token", "break_even_tokens")
+        return asdict(self) | {name: getattr(self, name) for name in totals}
+
+
+def resolve_kernel(kernel: KernelRecipe) -> KernelRecipe:
+    """The kernel with its variant's defaults filled in.
+
+    Raises:
+        FlexdistillError: for an unknown variant or component.
+    """
+    component = kernel.component or next(iter(FEATURE_MAPS.get(kernel.variant, [None])))
+    try:
+        feature_map = feature_map_class(kernel.variant, component)
+    except ValueError as error:
+        raise FlexdistillError(f"{error}.") from error
+    tied = feature_map.tied_by_default if kernel.tied is None else kernel.tied
+    return kernel.model_copy(update={"component": component, "tied": tied})
+
+
+def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
+    """Finds every attention module by running a tiny forward pass, and decides what becomes of it. Changes nothing.
+
+    Raises:
+        FlexdistillError: if nothing can be converted, or the kernel does not fit the model.
+    """
+    kernel = resolve_kernel(kernel)
+    _check_architecture(model)
+    calls = _attention_calls(model)
+    reasons = [_reason_to_keep(model, call) for call in calls]
+    convertible = [index for index, reason in enumerate(reasons) if reason is None]
+    if not convertible:
+        raise FlexdistillError(
+            f"{type(model).__name__} has no attention module that can become linear: {'; '.join(sorted(set(reasons)))}."
+        )
+    chosen = {convertible[index] for index in select_layers(kernel.layers, len(convertible))}
+    modules = []
+    for index, call in enumerate(calls):
+        reason = reasons[index] or (None if index in chosen else f"not among the layers {kernel.layers}")
+        modules.append(_module_plan(model, call, kernel, reason))
+    return Plan(type(model).__name__, tuple(modules))
+
+
+def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The converted model; it takes over the weights of `model`, which must not be used again."""
+    return convert_model(model, {module.name: module.spec for module in plan.converted})
+
+
+def select_layers(expression: str, count: int) -> list[int]:
+    """Indices that `all`, `0-5,9` or `every:4` (0, 4, 8, ...) names among `count` layers.
+
+    Raises:
+        FlexdistillError: if the expression is of another form, or names no or missing layers.
+    """
+    try:
+        if expression == "all":
+            return list(range(count))
+        if expression.startswith("every:"):
+            return list(range(0, count, int(expression.removeprefix("every:"))))
+        chosen = set()
+        for part in expression.split(","):
+            first, _, last = part.partition("-")
+            chosen.update(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        raise FlexdistillError(
+            f"Layers {expression!r} cannot be read; write all, indices such as 0-5,9 or every:4."
+        ) from error
+    if not chosen or max(chosen) >= count:
+        raise FlexdistillError(f"Layers {expression!r} are not all there; the model has layers 0 to {count - 1}.")
+    return sorted(chosen)
+
+
+def check_sequence_length(model: PreTrainedModel, length: int) -> None:
+    """Raises FlexdistillError if the model has fewer positions than a sequence has tokens."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise FlexdistillError(
+            f"Sequences of {length} tokens are longer than the {positions} positions of the model; "
+            "set a smaller --sequence-length."
+        )
+
+
+def _check_architecture(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not hasattr(transformers, name):
+        raise FlexdistillError(
+            f"{name} is not a class of transformers {transformers.__version__}, so its exports could not be loaded "
+            "elsewhere; convert a model that transformers implements."
+        )
+    if model.config.is_encoder_decoder:
+        raise FlexdistillError(
+            f"{name} is an encoder-decoder, which is not supported; convert a decoder or an encoder."
+        )
+
+
+def _attention_calls(model: PreTrainedModel) -> list[AttentionCall]:
+    """One recorded call per attention module."""
+    sequences = model.dummy_inputs["input_ids"].to(model.device)
+    uses_interface = model._can_set_attn_implementation()
+    calls = record_attention(model, AttentionCall.softmax, sequences) if uses_interface else []
+    if not calls:
+        raise FlexdistillError(
+            f"{type(model).__name__} (model type {model.config.model_type!r}) does not call transformers' "
+            "AttentionInterface, through which attention is replaced; choose an architecture that does, such as gpt2, "
+            "llama, mistral, qwen3, gemma3 or bert."
+        )
+    first = {}
+    for call in calls:
+        first.setdefault(call.module, call)
+    return list(first.values())
+
+
+def _reason_to_keep(model: PreTrainedModel, call: AttentionCall) -> str | None:
+    """Why a module must stay softmax; None if it can be converted."""
+    if call.module not in set(model.base_model.modules()):
+        return "it lies outside the base model"
+    if call.query.shape[-2] != call.key.shape[-2] or getattr(call.module, "is_cross_attention", False):
+        return "cross-attention reads a fixed sequence"
+    if call.arguments.get("sliding_window") is not None:
+        return f"its own sliding window of {call.arguments['sliding_window']} tokens is bounded already"
+    unsupported = {
+        "softcap": "its logits are capped",
+        "position_bias": "it adds a bias to each pair of positions",
+        "s_aux": "it has learned attention sinks",
+    }
+    return next((why for name, why in unsupported.items() if call.arguments.get(name) is not None), None)
+
+
+def _module_plan(model: PreTrainedModel, call: AttentionCall, kernel: KernelRecipe, reason: str | None) -> ModulePlan:
+    num_heads, num_key_value_heads, head_dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
+    value_dim = call.value.shape[-1]
+    kv_bytes = num_key_value_heads * (head_dim + value_dim) * call.key.element_size()
+    name = next((name for name, module in model.base_model.named_modules() if module is call.module), "")
+    shape = (num_heads, num_key_value_heads, head_dim, call.causal)
+    if reason is not None:
+        return ModulePlan(name, KEEP, reason, *shape, None, 0, 0, kv_bytes)
+    if kernel.window and not call.causal:
+        raise FlexdistillError(
+            f"A softmax window needs causal attention, and {name} attends in both directions; leave --window out."
+        )
+    spec = KernelSpec(
+        variant=kernel.variant,
+        component=kernel.component,
+        num_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim,
+        num_frequencies=kernel.features or head_dim,
+        tied=kernel.tied,
+        key_heads=kernel.key_heads,
+        window=kernel.window,
+        causal=call.causal,
+    )
+    with torch.device("meta"):
+        feature_map = build_feature_map(spec)
+    # S, its normaliser column, norms and maximum in float32; the window's keys, values and mask in the model's dtype
+    state = 4 * spec.num_state_heads * (feature_map.num_features * (value_dim + 1) + 2) if call.causal else 0
+    return ModulePlan(
+        name,
+        CONVERT,
+        "softmax attention",
+        *shape,
+        spec,
+        _count(feature_map.parameters()),
+        state + spec.window * (kv_bytes + 1),
+        kv_bytes if call.causal else 0,
+    )
+
+
+def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

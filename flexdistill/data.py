@@ -1,0 +1,304 @@
+"""Text to packed token sequences: documents from a file, a folder or a dataset, cut into rows of equal length."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from .errors import FlexdistillError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .recipe import DataRecipe, EvaluationRecipe
+
+SAMPLE = Path(__file__).parent / "samples" / "middlemarch.txt.xz"
+
+_KINDS = {
+    **dict.fromkeys((".txt", ".text", ".raw", ".md"), "text"),
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+}
+_COMPRESSIONS = (".xz", ".gz", ".zst")
+_PIECE_CHARACTERS = 1_000_000
+
+
+def read_documents(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
+    """Reads the documents that a section of the recipe names; blank documents are left out.
+
+    A text file is one document, each row of jsonl, parquet or a `datasets` name is one. Files of a folder are read in
+    the order of their paths. `source: sample` is the novel shipped with the package.
+
+    Returns:
+        An iterator that reads while it is consumed.
+
+    Raises:
+        FlexdistillError: if the source is missing, damaged, not UTF-8 or empty, lacks the column, or if a setting of
+            the section does not apply to it.
+    """
+    files = _local_files(section.source)
+    if files is None:
+        return _with_text(_read_dataset(section), section.source)
+    for setting in ("config", "split"):
+        if getattr(section, setting) is not None:
+            raise FlexdistillError(
+                f"Setting {setting!r} applies to `datasets` names only and {section.source!r} is local; remove it."
+            )
+    plain = next((file for file in files if _kind(file) == "text"), None)
+    if section.column is not None and plain is not None:
+        raise FlexdistillError(f"Setting 'column' does not apply to plain text and {plain} is that; remove it.")
+    column = section.column or "text"
+    return _with_text((document for file in files for document in _read_file(file, column)), section.source)
+
+
+def pack(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    max_sequences: int | None = None,
+) -> torch.Tensor:
+    """Tokenises documents and cuts their token stream into consecutive rows; the remainder is dropped.
+
+    One end-of-text token stands between two documents and no other special token is added, so a single document gives
+    exactly its own tokens. Documents above a million characters are tokenised in pieces that end at a newline.
+
+    Args:
+        documents: read no further than `max_sequences` rows need.
+        tokenizer: its eos token, else its sep token, separates documents.
+        sequence_length: tokens T per row.
+        max_sequences: rows at most; None for all.
+
+    Returns:
+        Token ids, (N, T) int64.
+
+    Raises:
+        FlexdistillError: if the text is shorter than one row, or a second document finds no separator token.
+    """
+    limit = None if max_sequences is None else max_sequences * sequence_length
+    stream = array("q")
+    for piece in _token_pieces(documents, tokenizer):
+        stream.extend(piece)
+        if limit is not None and len(stream) >= limit:
+            break
+    count = len(stream) // sequence_length
+    if count == 0:
+        raise FlexdistillError(
+            f"The text has {len(stream)} tokens and one sequence needs {sequence_length}; "
+            "give more text or a smaller sequence_length."
+        )
+    if max_sequences is not None:
+        count = min(count, max_sequences)
+    return torch.tensor(stream[: count * sequence_length], dtype=torch.int64).view(count, sequence_length)
+
+
+def split_held_out(sequences: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Holds out the last rows, a contiguous tail, so that held-out rows have no training rows between them.
+
+    Args:
+        sequences: (N, T).
+        count: rows to hold out.
+
+    Returns:
+        Training rows, (N - count, T), and held-out rows, (count, T); both are views.
+
+    Raises:
+        FlexdistillError: if no row would be left to train on.
+    """
+    kept = len(sequences) - count
+    if kept < 1:
+        raise FlexdistillError(
+            f"The text gives {len(sequences)} sequences and {count} are held out, which leaves none to train on; "
+            "give more text or a smaller evaluation.sequences."
+        )
+    return sequences[:kept], sequences[kept:]
+
+
+def train_order(num_sequences: int, steps: int, batch_size: int, seed: int) -> torch.Tensor:
+    """Decides which rows each step trains on: every epoch is a new shuffle, and none repeats a row.
+
+    The order is a pure function whose beginning does not depend on `steps`, so that a resumed run indexes into it.
+
+    Returns:
+        Row indices, (steps, batch_size) int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * batch_size // num_sequences)
+    shuffles = [torch.randperm(num_sequences, generator=generator) for _ in range(epochs)]
+    order = torch.cat([torch.empty(0, dtype=torch.int64), *shuffles])
+    return order[: steps * batch_size].view(steps, batch_size)
+
+
+def _local_files(source: str) -> list[Path] | None:
+    """The files of a local source, or None for a `datasets` name."""
+    path = SAMPLE if source == "sample" else Path(source).expanduser()
+    if path.is_file():
+        files = [path]
+    elif source and path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        if not files:
+            raise FlexdistillError(
+                f"Folder {source} holds no text; it needs files named {', '.join('*' + suffix for suffix in _KINDS)}."
+            )
+    elif not source or source[0] in "./~" or source.count("/") > 1 or _kind(path) or _is_compressed(path):
+        raise FlexdistillError(f"Text {source!r} does not exist; check the path or use `sample`.")
+    else:
+        return None
+    for file in files:
+        if _kind(file) == "parquet" and _is_compressed(file):
+            raise FlexdistillError(f"{file} is compressed parquet, which is not read; decompress it first.")
+    return files
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in _COMPRESSIONS
+
+
+def _kind(path: Path) -> str | None:
+    inner = Path(path.stem) if _is_compressed(path) else path
+    return _KINDS.get(inner.suffix.lower())
+
+
+def _read_file(path: Path, column: str) -> Iterator[str]:
+    read_rows = {"jsonl": _jsonl_rows, "parquet": _parquet_rows}.get(_kind(path))
+    with _explained(path):
+        if read_rows is None:
+            with _open(path) as stream:
+                yield stream.read()
+        else:
+            for number, row in enumerate(read_rows(path, column), start=1):
+                yield _text_of(row, column, f"Row {number} of {path}")
+
+
+def _open(path: Path) -> TextIO:
+    match path.suffix.lower():
+        case ".xz":
+            return lzma.open(path, "rt", encoding="utf-8")
+        case ".gz":
+            return gzip.open(path, "rt", encoding="utf-8")
+        case ".zst":
+            # unlike zstandard's reader, arrow's reports a truncated file and reads every frame
+            import pyarrow
+
+            return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding="utf-8")
+        case _:
+            return path.open(encoding="utf-8")
+
+
+def _jsonl_rows(path: Path, column: str) -> Iterator[Any]:
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise FlexdistillError(
+                    f"Line {number} of {path} is not JSON ({error.msg}); give one JSON object per line."
+                ) from error
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise _missing_column(str(path), column, names)
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            yield from batch.to_pylist()
+
+
+def _read_dataset(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
+    column = section.column or "text"
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(section.source, section.config, split=section.split or "train", streaming=True)
+        for row in rows:
+            yield _text_of(row, column, f"Dataset {section.source!r}")
+    except FlexdistillError:
+        raise
+    except Exception as error:  # `datasets` lets errors of any network and file library through
+        raise FlexdistillError(
+            f"Dataset {section.source!r} cannot be read ({_reason(error)}); check its name, config and split, "
+            "the network and, if it is gated, HF_TOKEN, or give a local file or folder."
+        ) from error
+
+
+def _text_of(row: Any, column: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise FlexdistillError(f"{where} is a {type(row).__name__}; it must be an object with a text column.")
+    if column not in row:
+        raise _missing_column(where, column, row)
+    if not isinstance(row[column], str):
+        raise FlexdistillError(
+            f"{where} holds a {type(row[column]).__name__} in column {column!r}; set data.column to one of text."
+        )
+    return row[column]
+
+
+def _missing_column(where: str, column: str, names: Iterable[str]) -> FlexdistillError:
+    return FlexdistillError(f"{where} has no column {column!r}; set data.column to one of: {', '.join(names)}.")
+
+
+def _with_text(documents: Iterator[str], source: str) -> Iterator[str]:
+    empty = True
+    for document in documents:
+        if document.strip():
+            empty = False
+            yield document
+    if empty:
+        raise FlexdistillError(f"Text {source!r} is empty; give a source that holds text.")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise FlexdistillError(f"{path} is not UTF-8 text; convert it, for example with iconv.") from error
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # arrow raises ValueErrors
+        raise FlexdistillError(
+            f"{path} cannot be read ({_reason(error)}); check that it is complete and that you may read it."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
+
+
+def _token_pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    for index, document in enumerate(documents):
+        if index > 0 and separator is None:
+            raise FlexdistillError(
+                "The tokenizer has neither an eos nor a sep token to put between documents; join the text in one file "
+                "or set one in its tokenizer_config.json."
+            )
+        if index > 0:
+            yield [separator]
+        for piece in _pieces(document):
+            # verbose: a document is longer than the model's context on purpose
+            yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """Cuts a long document after the last newline of each million characters."""
+    start = 0
+    while len(document) - start > _PIECE_CHARACTERS:
+        end = document.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
+        if end <= start:
+            end = document.find("\n", start + _PIECE_CHARACTERS) + 1 or len(document)
+        yield document[start:end]
+        start = end
+    yield document[start:]

@@ -1,0 +1,118 @@
+"""Where an interrupted run goes on: tensors in safetensors, counters in JSON, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import FlexdistillError
+from .stage import Stage
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder `STAGE-STEP` with the state after that many steps of that stage."""
+
+    folder: Path
+    stage: str
+    step: int
+
+    def load(self, stage: Stage) -> None:
+        """Puts parameters and optimiser state back into a stage."""
+        parameters = stage.trained()
+        self._copy(load_file(self.folder / "parameters.safetensors"), parameters)
+        state = load_file(self.folder / "optimizer.safetensors")
+        for name, parameter in parameters.items():
+            stage.optimizer.state[parameter] = {
+                key.removeprefix(f"{name}/"): value.to(parameter.device) if value.ndim else value
+                for key, value in state.items()
+                if key.startswith(f"{name}/")
+            }
+
+    def load_parameters(self, model: nn.Module) -> None:
+        """Puts only the trained parameters back into a model."""
+        self._copy(load_file(self.folder / "parameters.safetensors"), dict(model.named_parameters()))
+
+    def _copy(self, tensors: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]) -> None:
+        unknown = tensors.keys() - parameters.keys()
+        if unknown:
+            raise FlexdistillError(
+                f"Checkpoint {self.folder.name} holds parameters that the model lacks ({sorted(unknown)[0]}, ...); "
+                "start again with --overwrite."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                parameters[name].copy_(tensor)
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last; older ones than the newest `keep` are removed.
+
+    Args:
+        folder: the run's working folder.
+        keep: how many stay.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, folder: Path, keep: int, writes: bool = True):
+        self.folder, self.keep, self.writes = folder, keep, writes
+
+    def save(self, stage: Stage, number: int, step: int) -> None:
+        """Writes aside, syncs, then renames, so that a checkpoint is whole or not there."""
+        if not self.writes:
+            return
+        target = self.folder / f"{number}-{step:08d}"
+        aside = self.folder / f"writing-{target.name}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            parameters = {name: p.detach().cpu().contiguous() for name, p in stage.trained().items()}
+            save_file(parameters, aside / "parameters.safetensors")
+            save_file(_optimizer_tensors(stage), aside / "optimizer.safetensors")
+            (aside / "counters.json").write_text(json.dumps({"stage": stage.name, "step": step}))
+            for file in aside.iterdir():
+                _sync(file)
+            os.replace(aside, target)
+            _sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise FlexdistillError(
+                f"Checkpoint {target.name} could not be written to {self.folder} ({error.strerror}); "
+                "make room or choose another --output, then go on with --resume."
+            ) from error
+        for old in self._folders()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint; None if there is none."""
+        folders = self._folders()
+        if not folders:
+            return None
+        counters = json.loads((folders[-1] / "counters.json").read_text())
+        return Checkpoint(folders[-1], **counters)
+
+    def _folders(self) -> list[Path]:
+        return sorted(folder for folder in self.folder.glob("[0-9]*-[0-9]*") if folder.is_dir())
+
+
+def _optimizer_tensors(stage: Stage) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in stage.trained().items():
+        for key, value in stage.optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

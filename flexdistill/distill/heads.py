@@ -1,0 +1,77 @@
+"""Logits piece by piece: a model's head applied to a few positions at a time, whatever the head is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..attention_modes import run_base_model
+from ..errors import FlexdistillError
+
+
+class SplitModel:
+    """A model run in two halves: the base model to hidden states, then its head on any part of them.
+
+    So the float32 logits of a whole batch are never held, and no head needs code of its own: scaled, capped or
+    multi-layer heads run as the model's class wrote them.
+
+    Args:
+        model: a model with a head over its base model.
+
+    Raises:
+        FlexdistillError: if the model has no head that gives logits over the vocabulary.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        if model.base_model is model or model.get_output_embeddings() is None:
+            raise FlexdistillError(
+                f"{type(model).__name__} gives no logits over a vocabulary, so there is nothing to distil or evaluate; "
+                "start from a checkpoint with a language-modelling head."
+            )
+        self.model = model
+        self._output: ModelOutput | None = None
+
+    def hidden(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Token sequences (B, T) -> last hidden states (B, T, E)."""
+        self._output = run_base_model(self.model, sequences)
+        return self._output[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (N, E) -> logits (N, V), in the dtype of the head."""
+        first = next(field.name for field in dataclasses.fields(self._output))
+        output = type(self._output)(**{first: hidden[None]})
+        base = self.model.base_model
+        base.forward = lambda *args, **kwargs: output
+        try:
+            tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            return self.model(input_ids=tokens).logits[0]
+        finally:
+            del base.forward
+
+
+def backward_in_pieces(
+    hidden: torch.Tensor, piece: int, loss: Callable[[torch.Tensor, slice], torch.Tensor]
+) -> torch.Tensor:
+    """Differentiates a loss that is a sum over positions, holding one piece of the head's work at a time.
+
+    Args:
+        hidden: (N, E), part of a graph.
+        piece: positions per piece.
+        loss: maps (hidden[slice], slice) to a scalar.
+
+    Returns:
+        the loss, detached; gradients have been added to all leaves behind `hidden` and in the head.
+    """
+    leaf = hidden.detach().requires_grad_()
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(leaf), piece):
+        part = slice(start, start + piece)
+        value = loss(leaf[part], part)
+        value.backward()
+        total += value.detach()
+    hidden.backward(leaf.grad)
+    return total

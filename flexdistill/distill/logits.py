@@ -1,0 +1,139 @@
+"""Stage 2: the converted model learns the teacher's distribution over the next token."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..attention_modes import softmax_mode
+from ..losses import kl_divergence, label_loss
+from ..recipe import LogitDistillationRecipe, LoraRecipe
+from .heads import SplitModel, backward_in_pieces
+from .stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
+
+# logits of this many positions of teacher and student are held at once
+PIECE = 1024
+
+
+class LogitDistillation:
+    """Forward KL to the teacher, mixed with the label loss; trains everything, LoRA adapters or kernels only.
+
+    With adapters or kernels alone, the teacher is the student's own frozen weights under softmax attention.
+
+    Raises:
+        FlexdistillError: if the model gives no logits, or labels are asked for and the model is not causal.
+    """
+
+    name = "logit_distillation"
+
+    def __init__(self, model: PreTrainedModel, recipe: LogitDistillationRecipe, accelerator: Accelerator):
+        self.model, self.recipe, self.accelerator = model, recipe, accelerator
+        self._student = SplitModel(model)
+        self._own_teacher = copy.deepcopy(model).requires_grad_(False) if recipe.train == "full" else None
+        self._teacher = SplitModel(self._own_teacher) if self._own_teacher is not None else self._student
+        if recipe.train == "lora":
+            add_adapters(model, recipe.lora or LoraRecipe())
+        kernels = kernel_parameters(model)
+        weights = {}
+        if recipe.train == "full":
+            weights = {name: p for name, p in model.named_parameters() if name not in kernels}
+        elif recipe.train == "lora":
+            weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
+        self._trained = kernels | weights
+        groups = [{"params": list(kernels.values()), "lr": recipe.kernel_learning_rate}]
+        if weights:
+            groups.append({"params": list(weights.values()), "lr": recipe.learning_rate})
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        self.clip_groups = [list(self._trained.values())]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return self._trained
+
+    @contextlib.contextmanager
+    def active(self):
+        teacher = softmax_mode(self._own_teacher) if self._own_teacher is not None else contextlib.nullcontext()
+        with trainable(self.model, set(self._trained)), teacher:
+            yield
+
+    def backward(self, sequences: torch.Tensor) -> StepLosses:
+        recipe = self.recipe
+        mask = torch.ones_like(sequences, dtype=torch.bool).flatten()
+        labels = next_tokens(sequences).flatten()
+        parts = {"kl": 0.0}
+        with self.accelerator.autocast():
+            with torch.no_grad(), self._as_teacher():
+                teacher_hidden = self._teacher.hidden(sequences).flatten(0, 1)
+            hidden = self._student.hidden(sequences).flatten(0, 1)
+
+            def loss(part_hidden, part):
+                with torch.no_grad(), adapters_disabled(self._teacher.model):
+                    teacher_logits = self._teacher.logits(teacher_hidden[part])
+                logits = self._student.logits(part_hidden)
+                kl, _ = kl_divergence(logits, teacher_logits, mask[part], recipe.temperature)
+                parts["kl"] = parts["kl"] + kl.detach()
+                if not recipe.label_weight:
+                    return kl
+                label, _ = label_loss(logits, labels[part])
+                parts["label_loss"] = parts.get("label_loss", 0.0) + label.detach()
+                return (1 - recipe.label_weight) * kl + recipe.label_weight * label
+
+            total = backward_in_pieces(hidden, PIECE, loss)
+        return StepLosses(total, mask.sum(), parts)
+
+    def blame(self, sequences: torch.Tensor) -> str:
+        with self.accelerator.autocast():
+            return first_non_finite_module(self.model, lambda: self.model(input_ids=sequences))
+
+    def finish(self) -> None:
+        """Merges the adapters into the weights."""
+        if self.recipe.train == "lora":
+            merge_adapters(self.model)
+
+    @contextlib.contextmanager
+    def _as_teacher(self):
+        if self._own_teacher is not None:
+            yield
+            return
+        with softmax_mode(self.model), adapters_disabled(self.model):
+            yield
+
+
+def next_tokens(sequences: torch.Tensor) -> torch.Tensor:
+    """Labels of token sequences (B, T): the next token, and -100 at the end."""
+    return torch.cat([sequences[:, 1:], torch.full_like(sequences[:, :1], -100)], dim=1)
+
+
+def add_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> None:
+    """Puts LoRA adapters beside the model's linear layers, not its kernels."""
+    model.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.target_modules))
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Adds the adapters to the weights and takes them out."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: PreTrainedModel):
+    """The model's own weights alone inside the context."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

@@ -1,0 +1,184 @@
+"""Teacher and student on the same tokens: perplexity, KL, agreement, and the student with parts taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from .attention_modes import AttentionCall, attention_function, in_converted_modules, record_attention
+from .convert import check_sequence_length
+from .data import pack, read_documents
+from .distill.attention_transfer import softmax_weights
+from .distill.heads import SplitModel
+from .distill.logits import PIECE, next_tokens
+from .distill.stage import feature_maps
+from .errors import FlexdistillError
+from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement
+from .recipe import EvaluationRecipe
+from .runtime.attention import attention_weights, count_guards
+from .sources import load_model, load_tokenizer, resolve_model
+
+# attention maps are compared on this many sequences: a map is quadratic in their length
+_ATTENTION_SEQUENCES = 2
+TEACHER, STUDENT, WINDOW_ONLY, NO_ATTENTION = "teacher", "student", "window only", "no attention"
+
+
+def compare_models(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    sequences: torch.Tensor,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict:
+    """Evaluates teacher and student on token sequences (N, T), shared out over the processes.
+
+    Returns:
+        `rows`, one dict each for the teacher, the student, the student with its kernel's part removed (where a softmax
+        window is left) and with no attention at all in its converted modules: perplexity (None unless causal), mean KL
+        per token from the teacher, share of tokens whose most likely successor is the teacher's. Beside them the mean
+        KL of each layer's attention rows, the share of rows that the guard changed, and the number of tokens.
+    """
+    maps = feature_maps(student)
+    causal = all(feature_map.spec.causal for feature_map in maps.values())
+    modes = {TEACHER: (teacher, contextlib.nullcontext)}
+    modes[STUDENT] = (student, contextlib.nullcontext)
+    if all(feature_map.spec.window for feature_map in maps.values()):
+        modes[WINDOW_ONLY] = (student, _ablation(student, AttentionCall.window_only))
+    modes[NO_ATTENTION] = (student, _ablation(student, AttentionCall.nothing))
+    batches = sequences.split(batch_size)[accelerator.process_index :: accelerator.num_processes]
+    # columns: loss sum and count, KL sum, agreement sum, positions; the last row counts guards
+    sums = torch.zeros(len(modes) + 1, 5, dtype=torch.float64, device=accelerator.device)
+    with torch.no_grad(), accelerator.autocast():
+        for batch in batches:
+            batch = batch.to(accelerator.device)
+            reference, teacher_hidden = SplitModel(teacher), None
+            for row, (name, (model, mode)) in enumerate(modes.items()):
+                split = SplitModel(model)
+                with mode(), count_guards() as guards:
+                    hidden = split.hidden(batch).flatten(0, 1)
+                if name == TEACHER:
+                    reference, teacher_hidden = split, hidden
+                if name == STUDENT:
+                    sums[-1, 0] += guards.guarded
+                    sums[-1, 1] += guards.rows
+                sums[row] += _token_sums(split, hidden, reference, teacher_hidden, batch)
+    sums = accelerator.reduce(sums, reduction="sum")
+    rows = [_row(name, values, causal) for name, values in zip(modes, sums.tolist())]
+    guarded, guard_rows = sums[-1, :2].tolist()
+    return {
+        "rows": rows,
+        TEACHER: rows[0],
+        STUDENT: rows[1],
+        "attention_kl": attention_kl(teacher, student, sequences[:_ATTENTION_SEQUENCES].to(accelerator.device)),
+        "guarded_rows": guarded / max(guard_rows, 1),
+        "evaluated_tokens": sequences.numel(),
+    }
+
+
+def attention_kl(teacher: PreTrainedModel, student: PreTrainedModel, sequences: torch.Tensor) -> dict[str, float]:
+    """Mean KL of the student's attention rows from the teacher's, each model's own activations flowing.
+
+    Args:
+        sequences: token ids (B, T); memory is that of one layer's maps (B, H, T, T) and all layers' queries and keys.
+
+    Returns:
+        name of the converted module relative to the base model -> nats per query.
+    """
+    theirs = {_name(teacher, call): call for call in record_attention(teacher, AttentionCall.softmax, sequences)}
+    result = {}
+    with torch.no_grad():
+        for call in record_attention(student, _own_attention, sequences):
+            if call.feature_map is None:
+                continue
+            name = _name(student, call)
+            expected = softmax_weights(theirs[name])
+            actual = attention_weights(call.feature_map, call.query, call.key, scaling=call.scaling)
+            cross_entropy, count = attention_cross_entropy(expected, actual)
+            result[name] = float((cross_entropy - attention_entropy(expected)[0]) / count)
+    return result
+
+
+def evaluate_checkpoint(directory: str | Path, teacher: str, recipe: EvaluationRecipe, precision: str = "auto") -> dict:
+    """Evaluates a converted checkpoint against the model it was made from; returns what `compare_models` does.
+
+    Args:
+        directory: folder or Hub id of the converted model.
+        teacher: as `flexdistill convert` takes it.
+        recipe: its source must be set.
+
+    Raises:
+        FlexdistillError: if a model or the text cannot be read, or they do not fit each other.
+    """
+    from .pipeline import make_accelerator
+
+    if recipe.source is None:
+        raise FlexdistillError("There is nothing to evaluate on; name a text with --data.")
+    accelerator = make_accelerator(precision)
+    source = resolve_model(teacher)
+    tokenizer, teacher_model = load_tokenizer(source), load_model(source).to(accelerator.device)
+    student = load_converted(directory).to(accelerator.device)
+    length = recipe.sequence_length or 512
+    check_sequence_length(teacher_model, length)
+    sequences = pack(read_documents(recipe), tokenizer, length, recipe.sequences)
+    return compare_models(teacher_model, student, sequences, recipe.batch_size, accelerator)
+
+
+def load_converted(directory: str | Path) -> PreTrainedModel:
+    """Loads a converted checkpoint with its language-modelling head.
+
+    Raises:
+        FlexdistillError: if there is no converted checkpoint.
+    """
+    error = FlexdistillError(
+        f"{directory} is not a converted checkpoint; give the folder that `flexdistill convert` wrote."
+    )
+    for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
+        try:
+            model = auto.from_pretrained(directory)
+        except (OSError, ValueError) as cause:
+            error.__cause__ = cause
+            continue
+        if feature_maps(model):
+            return model
+    raise error
+
+
+def _ablation(student: PreTrainedModel, function):
+    return lambda: attention_function(student, in_converted_modules(function))
+
+
+def _own_attention(call: AttentionCall) -> torch.Tensor:
+    return call.softmax() if call.feature_map is None else call.flexformer()
+
+
+def _name(model: PreTrainedModel, call: AttentionCall) -> str:
+    return next(name for name, module in model.base_model.named_modules() if module is call.module)
+
+
+def _token_sums(split, hidden, reference, teacher_hidden, batch) -> torch.Tensor:
+    labels = next_tokens(batch).flatten()
+    mask = torch.ones_like(labels, dtype=torch.bool)
+    sums = torch.zeros(5, dtype=torch.float64, device=batch.device)
+    for start in range(0, len(hidden), PIECE):
+        part = slice(start, start + PIECE)
+        logits, expected = split.logits(hidden[part]), reference.logits(teacher_hidden[part])
+        loss, count = label_loss(logits, labels[part])
+        kl, positions = kl_divergence(logits, expected, mask[part])
+        agreement, _ = top1_agreement(logits, expected, mask[part])
+        sums += torch.stack([loss, count, kl, agreement, positions]).double()
+    return sums
+
+
+def _row(name: str, sums: list[float], causal: bool) -> dict:
+    loss, count, kl, agreement, positions = sums
+    return {
+        "name": name,
+        "perplexity": math.exp(loss / count) if causal else None,
+        "kl": kl / positions,
+        "top1_agreement": agreement / positions,
+    }

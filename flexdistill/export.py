@@ -1,0 +1,151 @@
+"""The folder that comes out: weights, runtime, tokenizer, model card, recipe, metrics and logs; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+
+from .errors import FlexdistillError
+from .recipe import Recipe
+from .sources import ModelSource
+
+
+def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
+    """Raises FlexdistillError if writing `output` would touch what is there already."""
+    if output.exists() and not output.is_dir():
+        raise FlexdistillError(f"Output {output} is a file; name a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite and not resume:
+        raise FlexdistillError(f"Output {output} is not empty; choose another --output, or pass --overwrite.")
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    *,
+    source: ModelSource,
+    recipe: Recipe,
+    metrics: dict,
+    logs: list[Path],
+) -> None:
+    """Writes everything aside, checks that it reloads to the same logits, and only then puts it in place.
+
+    `metrics` gains `reload_max_logit_difference`.
+
+    Raises:
+        FlexdistillError: if the disk is full or not writable, or the reloaded model differs.
+    """
+    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        metrics["reload_max_logit_difference"] = _reload_difference(model, aside)
+        (aside / "recipe.yaml").write_text(recipe.to_yaml())
+        (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (aside / "README.md").write_text(model_card(model, source, recipe, metrics))
+        for log in logs:
+            shutil.copyfile(log, aside / log.name)
+        _put_in_place(aside, output)
+    except OSError as error:
+        raise FlexdistillError(
+            f"The result could not be written to {output} ({error.strerror or error}); make room or choose another "
+            "--output, then go on with --resume."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metrics: dict) -> str:
+    """The README.md of an exported model."""
+    front = ["library_name: transformers", "tags: [flexformer, linear-attention, flexdistill]"]
+    front.append(f"pipeline_tag: {'text-generation' if model.can_generate() else 'fill-mask'}")
+    if source.hub_id:
+        front.append(f"base_model: {source.hub_id}")
+    # the licence of the base model binds its conversion too, and only its owner can state it
+    front += ["license: other", "license_name: same-as-base-model"]
+    auto = type(model)._auto_class
+    kernel = recipe.kernel
+    window = f", softmax window of {kernel.window} tokens" if kernel.window else ", no softmax window"
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            "",
+            f"# {source.name.removeprefix('package:')} with linear attention",
+            "",
+            f"Converted from `{source.name}` by [flexdistill](https://github.com/flexdistill/flexdistill): softmax",
+            "attention became Flexformer attention (arXiv:2606.27748), whose state has a constant size.",
+            f"Kernel: {kernel.variant}{f' {kernel.component}' if kernel.component else ''}{window}.",
+            "",
+            "## Results",
+            "",
+            f"{metrics['evaluated_tokens']:,} tokens of `{recipe.evaluation.source or recipe.data.source + ' (held out)'}`.",
+            "",
+            "| model | perplexity | KL to teacher | same top-1 token |",
+            "|---|---|---|---|",
+            *(_table_row(row) for row in metrics["rows"]),
+            "",
+            f"Trained on {metrics['tokens']:,} tokens in {metrics['elapsed_s']:.0f} s.",
+            "",
+            "## Use",
+            "",
+            "```python",
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            "# `import flexdistill` beforehand makes trust_remote_code unnecessary",
+            f'model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            "```",
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            recipe.to_yaml().rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _table_row(row: dict) -> str:
+    perplexity = "" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
+    return f"| {row['name']} | {perplexity} | {row['kl']:.4f} | {row['top1_agreement']:.1%} |"
+
+
+@torch.no_grad()
+def _reload_difference(model: PreTrainedModel, folder: Path) -> float:
+    AutoConfig.from_pretrained(folder)
+    auto = getattr(modeling_auto, type(model)._auto_class)
+    reloaded = auto.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    tokens = torch.arange(model.get_input_embeddings().num_embeddings, device=model.device)[None, :16]
+    difference = float((reloaded(input_ids=tokens).logits - model(input_ids=tokens).logits).abs().max())
+    if not difference <= 1e-5:
+        raise FlexdistillError(
+            f"The saved model's logits differ from the trained model's by {difference:.2e}; nothing was exported, "
+            "please report this with the model's name."
+        )
+    return difference
+
+
+def _put_in_place(aside: Path, output: Path) -> None:
+    old = None
+    if output.exists():
+        old = output.with_name(f".{output.name}.old-{uuid.uuid4().hex[:8]}")
+        os.replace(output, old)
+    try:
+        os.replace(aside, output)
+    except OSError:
+        if old is not None:
+            os.replace(old, output)
+        raise
+    if old is not None:
+        shutil.rmtree(old)

@@ -1,0 +1,214 @@
+"""A conversion from beginning to end: the file to read first.
+
+recipe -> teacher -> plan -> converted student -> attention transfer -> logit distillation -> metrics -> checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
+
+from .convert import apply_plan, check_sequence_length, make_plan, resolve_kernel
+from .data import pack, read_documents, split_held_out, train_order
+from .distill.attention_transfer import AttentionTransfer
+from .distill.checkpoints import Checkpoint, Checkpoints
+from .distill.logits import LogitDistillation
+from .distill.loop import run_stage
+from .errors import FlexdistillError
+from .evaluate import compare_models
+from .export import check_output, export
+from .progress import stage_progress
+from .recipe import Recipe, StageRecipe
+from .sources import check_vocabulary, load_model, load_tokenizer, resolve_model
+
+STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
+
+
+def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resume: bool = False) -> dict:
+    """Converts `recipe.model` and writes the result to the folder `output`.
+
+    Until the result is whole, the run lives in `OUTPUT.partial` beside it, where `resume` finds its checkpoints.
+
+    Returns:
+        the metrics that `metrics.json` holds.
+
+    Raises:
+        FlexdistillError: if anything about the input does not fit; then nothing on disk has changed.
+        NonFiniteLossError: if training diverges.
+    """
+    started = time.perf_counter()
+    output = Path(output)
+    check_output(output, overwrite=overwrite, resume=resume)
+    if recipe.model is None:
+        raise FlexdistillError("The recipe names no model; set model, or name one on the command line.")
+    recipe = recipe.model_copy(update={"kernel": resolve_kernel(recipe.kernel)})
+    stage_recipes: dict[str, StageRecipe] = {name: getattr(recipe, name) for name in STAGES}
+    accelerator = make_accelerator(recipe.precision)
+    set_seed(recipe.seed)
+
+    source = resolve_model(recipe.model)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
+    model = load_model(source, trust_remote_code=recipe.trust_remote_code)
+    check_vocabulary(model, tokenizer)
+    plan = make_plan(model, recipe.kernel)
+    sequences, evaluation = load_sequences(recipe, model, tokenizer)
+
+    work = output.with_name(output.name + ".partial")
+    checkpoint = _prepare_work(work, recipe, resume, accelerator)
+    checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
+    student = apply_plan(model, plan).to(accelerator.device)
+    summaries, logs = [], []
+    steps = sum(stage.steps for stage in stage_recipes.values())
+    order = _orders(stage_recipes, len(sequences), recipe.seed) if steps else {}
+    for number, (name, stage_recipe) in enumerate(stage_recipes.items()):
+        if not stage_recipe.steps:
+            continue
+        log = work / f"{name}.jsonl"
+        logs.append(log)
+        summary = work / f"{name}.json"
+        if checkpoint and number < list(STAGES).index(checkpoint.stage):
+            summaries.append(json.loads(summary.read_text()))
+            continue
+        if checkpoint and checkpoint.stage != name:
+            checkpoint.load_parameters(student)
+        stage = STAGES[name](student, stage_recipe, accelerator)
+        start_step = 0
+        if checkpoint and checkpoint.stage == name:
+            checkpoint.load(stage)
+            start_step = checkpoint.step
+        with stage_progress(name, stage_recipe.steps, start_step, enabled=accelerator.is_main_process) as update:
+            result = run_stage(
+                stage,
+                stage_recipe,
+                sequences,
+                order[name],
+                accelerator,
+                start_step=start_step,
+                checkpoints=checkpoints,
+                checkpoint_number=number,
+                checkpoint_every=recipe.checkpoint.every_steps,
+                log_file=log,
+                update=update,
+            )
+        stage.finish()
+        summaries.append(result)
+        if accelerator.is_main_process:
+            summary.write_text(json.dumps(result))
+        checkpoint = None
+
+    teacher = load_model(source, trust_remote_code=recipe.trust_remote_code).to(accelerator.device)
+    metrics = {"model": source.name, "kernel": recipe.kernel.model_dump(), "plan": _plan_totals(plan)}
+    metrics |= compare_models(teacher, student, evaluation, recipe.evaluation.batch_size, accelerator)
+    metrics |= {
+        "stages": summaries,
+        "tokens": sum(summary["tokens"] for summary in summaries),
+        "elapsed_s": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+    }
+    if accelerator.is_main_process:
+        export(student, tokenizer, output, source=source, recipe=recipe, metrics=metrics, logs=logs)
+        shutil.rmtree(work)
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Accelerate's view of the devices; precision "auto" is bf16 on a GPU and fp32 on CPU."""
+    on_gpu = torch.cuda.is_available()
+    if precision == "auto":
+        precision = "bf16" if on_gpu else "fp32"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
+
+
+def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and evaluation sequences, (N, T) and (M, T') int64; reads no more text than the run needs."""
+    data, evaluation = recipe.data, recipe.evaluation
+    length = evaluation.sequence_length or data.sequence_length
+    for checked in (data.sequence_length, length):
+        check_sequence_length(model, checked)
+    needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
+    if evaluation.source is not None:
+        held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
+        return pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1)), held_out
+    if length != data.sequence_length:
+        raise FlexdistillError(
+            "evaluation.sequence_length differs from data.sequence_length, but held-out sequences are cut like the "
+            "training data; set evaluation.source, or remove evaluation.sequence_length."
+        )
+    sequences = pack(read_documents(data), tokenizer, data.sequence_length, needed + evaluation.sequences)
+    return split_held_out(sequences, evaluation.sequences)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: the GPU's allocations, or this process's resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _prepare_work(work: Path, recipe: Recipe, resume: bool, accelerator: Accelerator) -> Checkpoint | None:
+    """The folder of an unfinished run, and the checkpoint to go on from."""
+    settings = work / "recipe.yaml"
+    checkpoint = None
+    if resume:
+        if not settings.is_file():
+            raise FlexdistillError(f"There is no unfinished run in {work} to resume; leave --resume out.")
+        _check_same_recipe(Recipe.load(settings), recipe)
+        checkpoint = Checkpoints(work, recipe.checkpoint.keep).latest()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not resume:
+        try:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            settings.write_text(recipe.to_yaml())
+        except OSError as error:
+            raise FlexdistillError(
+                f"The working folder {work} cannot be written ({error.strerror}); choose another --output."
+            ) from error
+    accelerator.wait_for_everyone()
+    return checkpoint
+
+
+def _check_same_recipe(before: Recipe, now: Recipe) -> None:
+    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    differing = [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in new if old.get(key) != new.get(key)]
+    if differing:
+        raise FlexdistillError(
+            f"The unfinished run used another recipe: {', '.join(differing)}; use the same settings to resume, or "
+            "start again with --overwrite."
+        )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _orders(stages: dict[str, StageRecipe], num_sequences: int, seed: int) -> dict[str, torch.Tensor]:
+    """Which rows each stage's steps train on: one order cut in two, so stages share an epoch before any row repeats."""
+    order = train_order(num_sequences, 1, sum(stage.steps * stage.batch_size for stage in stages.values()), seed)[0]
+    parts = order.split([stage.steps * stage.batch_size for stage in stages.values()])
+    return {
+        name: part.view(stage.steps, stage.batch_size)
+        for (name, stage), part in zip(stages.items(), parts, strict=True)
+    }
+
+
+def _plan_totals(plan) -> dict:
+    totals = plan.to_dict()
+    del totals["modules"]
+    return totals | {"converted": len(plan.converted), "kept": len(plan.modules) - len(plan.converted)}

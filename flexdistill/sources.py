@@ -1,0 +1,265 @@
+"""Where a model comes from: a folder, a GGUF file, an installed package or the Hub."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partialmethod
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.std import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import FlexdistillError
+from .runtime.configuration_flexformer import MODEL_TYPE
+
+PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where `from_pretrained` finds a model.
+
+    Args:
+        name: what the user wrote.
+        path_or_id: folder or Hub id.
+        gguf_file: name of the GGUF file in that folder; None for safetensors.
+        hub_id: Hub id for the model card; None for a local model.
+    """
+
+    name: str
+    path_or_id: str
+    gguf_file: str | None = None
+    hub_id: str | None = None
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Finds what a model name means, without a network: a folder, a .gguf file, `package:NAME`, else a Hub id.
+
+    Raises:
+        FlexdistillError: if a path does not exist or holds no model, or a package is not installed or holds no model or
+            several.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        return _resolve_package(name)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FlexdistillError(
+                f"Folder {name} has no config.json; give one written by save_pretrained, or a .gguf file by its path."
+            )
+        return ModelSource(name, str(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise FlexdistillError(f"File {name} is not a .gguf file; give the folder that holds its config.json.")
+        return ModelSource(name, str(path.parent), gguf_file=path.name)
+    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise FlexdistillError(
+            f"Model {name!r} does not exist; check the path, or give a Hub id or {PACKAGE_PREFIX}NAME."
+        )
+    return ModelSource(name, name, hub_id=name)
+
+
+def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Loads the configuration of a model that is not converted yet.
+
+    Raises:
+        FlexdistillError: if it is missing, damaged, of an unknown type or converted already, or needs remote code.
+    """
+    with _explained(source):
+        if source.gguf_file is None:
+            settings, _ = PreTrainedConfig.get_config_dict(source.path_or_id)
+            if settings.get("model_type") == MODEL_TYPE:
+                raise FlexdistillError(f"Model {source.name!r} is converted already; give the model it was made from.")
+        return AutoConfig.from_pretrained(
+            source.path_or_id, gguf_file=source.gguf_file, trust_remote_code=trust_remote_code
+        )
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    auto_class: type | None = None,
+) -> PreTrainedModel:
+    """Loads a model from safetensors or GGUF, never from pickled weights.
+
+    Args:
+        source: from `resolve_model`.
+        dtype: of the weights in memory; GGUF weights are dequantised to it.
+        trust_remote_code: run code that the model ships.
+        auto_class: class to load with; None for the architecture that config.json names, a causal LM for GGUF.
+
+    Returns:
+        The model in eval mode, which `save_pretrained` can write.
+
+    Raises:
+        FlexdistillError: if the model cannot be found or read, or its file lacks weights.
+    """
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    if auto_class is None:
+        auto_class = AutoModelForCausalLM if source.gguf_file else _architecture(config, source, trust_remote_code)
+    folder = Path(source.path_or_id)
+    if source.gguf_file is None and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise FlexdistillError(
+            f"Folder {source.name} has no *.safetensors weights; load its weights with "
+            "transformers and write them with save_pretrained."
+        )
+    with _explained(source), _progress_bars_on_terminals_only():
+        weights = {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
+        model, report = auto_class.from_pretrained(
+            source.path_or_id,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **weights,
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise FlexdistillError(
+                f"Model {source.name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
+                "complete its files or name the class that was saved under `architectures` in config.json."
+            )
+        return _unquantized(model, config, dtype) if source.gguf_file else model
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the model's tokenizer; its eos token pads where it has no pad token.
+
+    Raises:
+        FlexdistillError: if the tokenizer is missing or damaged.
+    """
+    with _explained(source, "Tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path_or_id, gguf_file=source.gguf_file, trust_remote_code=trust_remote_code
+        )
+    # without tokenizer files transformers makes one that knows its special tokens only and turns text into nothing
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise FlexdistillError(
+            f"Model {source.name!r} has no tokenizer files; copy tokenizer.json beside its config.json."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that every token id has an input embedding.
+
+    Raises:
+        FlexdistillError: if the tokenizer has more tokens than the embedding has rows.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise FlexdistillError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model has {rows} input embeddings; "
+            "give the tokenizer that belongs to the model."
+        )
+
+
+def _resolve_package(name: str) -> ModelSource:
+    package = name.removeprefix(PACKAGE_PREFIX)
+    folders = _package_folders(package)
+    ggufs = {path for folder in folders for path in folder.rglob("*.gguf")}
+    configs = {path.parent for folder in folders for path in folder.rglob("config.json")}
+    models = sorted(ggufs | {folder for folder in configs if any(folder.glob("*.safetensors"))})
+    if not models:
+        raise FlexdistillError(
+            f"Package {package!r} holds no model, neither *.gguf nor a config.json beside *.safetensors; "
+            "give a package that ships one."
+        )
+    if len(models) > 1:
+        raise FlexdistillError(
+            f"Package {package!r} holds several models; give one by its path: {', '.join(map(str, models))}."
+        )
+    (model,) = models
+    return ModelSource(name, str(model)) if model in configs else ModelSource(name, str(model.parent), model.name)
+
+
+def _package_folders(package: str) -> list[Path]:
+    """Folders of an installed package, by the name it is imported or installed under, without importing it."""
+    module = package.replace("-", "_")
+    try:
+        spec = importlib.util.find_spec(module) if module.isidentifier() else None
+        if spec is not None and spec.submodule_search_locations:
+            return [Path(folder) for folder in spec.submodule_search_locations]
+        files = importlib.metadata.files(package) or []
+    except (importlib.metadata.PackageNotFoundError, ValueError) as error:
+        raise FlexdistillError(f"Package {package!r} is not installed; run `pip install {package}`.") from error
+    tops = {
+        file.locate().parents[len(file.parts) - 2] for file in files if len(file.parts) > 1 and ".." not in file.parts
+    }
+    return sorted(map(Path, tops))
+
+
+def _architecture(config: PreTrainedConfig, source: ModelSource, trust_remote_code: bool) -> type:
+    if not config.architectures:
+        raise FlexdistillError(
+            f"Model {source.name!r} names no `architectures` in its config.json; add the class that was saved."
+        )
+    name = config.architectures[0]
+    if trust_remote_code:
+        for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
+            if isinstance(reference, str) and reference.endswith(f".{name}"):
+                return getattr(transformers, auto_class)
+    architecture = getattr(transformers, name, None)
+    if architecture is None:
+        raise FlexdistillError(
+            f"Model {source.name!r} is a {name}, which transformers {transformers.__version__} lacks; update it, or "
+            "set trust_remote_code if the model ships code that you trust."
+        )
+    return architecture
+
+
+def _unquantized(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    # a model read from GGUF stays marked as quantised, which forbids saving it, although its weights are plain
+    plain = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype)
+    plain.generation_config = model.generation_config
+    return plain
+
+
+@contextmanager
+def _progress_bars_on_terminals_only() -> Iterator[None]:
+    # transformers' own switch misses the GGUF reader, which calls tqdm itself
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=None)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
+@contextmanager
+def _explained(source: ModelSource, what: str = "Model ") -> Iterator[None]:
+    try:
+        yield
+    except FlexdistillError:
+        raise
+    except Exception as error:  # readers of foreign files let errors of any type through
+        reason = re.split(r"[.:]?\s*\n|\. |[.:]$", str(error).strip())[0] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            remedy = "read the code that it ships and set trust_remote_code if you trust it"
+        elif source.gguf_file:
+            remedy = "check that the file is complete and of an architecture that transformers reads from GGUF"
+        elif source.hub_id is None:
+            remedy = "check that config.json, *.safetensors and the tokenizer files are complete"
+        else:
+            remedy = (
+                "check the Hub id, that it has safetensors weights, the network and, if it is gated, HF_TOKEN, or give "
+                f"a local folder, a .gguf file or {PACKAGE_PREFIX}NAME"
+            )
+        raise FlexdistillError(f"{what}{source.name!r} cannot be loaded ({reason}); {remedy}.") from error

@@ -1,0 +1,154 @@
+"""Plans, results and lists as tables: drawn on a terminal, plain columns in a pipe."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .convert import ModulePlan, Plan
+
+_NUMBER = re.compile(r"\d+")
+_PIPE_WIDTH = 160
+
+
+def print_table(columns: list[str], rows: list[list[Any]], *, title: str | None = None) -> None:
+    """Prints rows to stdout; numbers stand on the right."""
+    console = _console()
+    table = Table(title=title, title_justify="left", box=box.SIMPLE if console.is_terminal else None)
+    for index, column in enumerate(columns):
+        is_number = bool(rows) and all(isinstance(row[index], int | float | None) for row in rows)
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    console.print(table)
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints a conversion plan, a row for each run of modules that differ in their number only, and its totals."""
+    columns = [
+        "module",
+        "action",
+        "heads",
+        "KV heads",
+        "head size",
+        "causal",
+        "parameters",
+        "state",
+        "KV/token",
+        "reason",
+    ]
+    rows = []
+    for group in _collapse(plan.modules):
+        first = group[0]
+        rows.append(
+            [
+                _group_name(group),
+                first.action,
+                first.num_heads,
+                first.num_key_value_heads,
+                first.head_dim,
+                first.causal,
+                sum(module.parameters for module in group),
+                format_bytes(sum(module.state_bytes for module in group)),
+                format_bytes(sum(module.kv_bytes_per_token for module in group)),
+                first.reason,
+            ]
+        )
+    print_table(columns, rows)
+    line = f"Adds {plan.parameters:,} parameters."
+    if plan.kv_bytes_per_token:
+        line += (
+            f" A sequence keeps {format_bytes(plan.state_bytes)} of state instead of "
+            f"{format_bytes(plan.kv_bytes_per_token)} per token: smaller from {plan.break_even_tokens:,} tokens on."
+        )
+    _console().print(line, soft_wrap=True)
+
+
+def print_metrics(metrics: dict[str, Any], title: str) -> None:
+    """Prints what `pipeline.convert` or `evaluate.evaluate_checkpoint` measured."""
+    rows = [[row["name"], row["perplexity"], row["kl"], row["top1_agreement"]] for row in metrics["rows"]]
+    print_table(["model", "perplexity", "KL to teacher", "top-1 agreement"], rows, title=title)
+    stages = [
+        [stage[key] for key in ("name", "steps", "tokens", "elapsed_s", "first_loss", "last_loss")]
+        for stage in metrics.get("stages", [])
+    ]
+    if stages:
+        print_table(["stage", "steps", "tokens", "seconds", "first loss", "last loss"], stages)
+    for line in _summary(metrics):
+        _console().print(line, soft_wrap=True)
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes in the largest decimal unit that leaves at least one."""
+    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.1f} {unit}"
+    return f"{count} B"
+
+
+def _summary(metrics: dict[str, Any]) -> list[str]:
+    lines = []
+    attention_kl = metrics.get("attention_kl")
+    if attention_kl:
+        worst = max(attention_kl, key=attention_kl.get)
+        mean = sum(attention_kl.values()) / len(attention_kl)
+        lines.append(f"Attention KL: {mean:.4g} on average, {attention_kl[worst]:.4g} in the worst layer, {worst}.")
+    if metrics.get("guarded_rows"):
+        lines.append(f"The normaliser's guard fired in {metrics['guarded_rows']:.2%} of the attention rows.")
+    if metrics.get("elapsed_s"):
+        line = f"{metrics['tokens']:,} training tokens in {metrics['elapsed_s']:,.0f} s"
+        if metrics.get("peak_memory_bytes"):
+            line += f", at most {format_bytes(metrics['peak_memory_bytes'])} of memory"
+        lines.append(f"{line}.")
+    return lines
+
+
+def _collapse(modules: tuple[ModulePlan, ...]) -> list[list[ModulePlan]]:
+    groups: list[list[ModulePlan]] = []
+    for module in modules:
+        if groups and _unnumbered(groups[-1][-1]) == _unnumbered(module):
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+    return groups
+
+
+def _unnumbered(module: ModulePlan) -> ModulePlan:
+    return replace(module, name=_NUMBER.sub("#", module.name))
+
+
+def _group_name(group: list[ModulePlan]) -> str:
+    columns = zip(*(map(int, _NUMBER.findall(module.name)) for module in group), strict=True)
+    labels = iter([_span(sorted(set(numbers))) for numbers in columns])
+    return _NUMBER.sub(lambda _: next(labels), group[0].name)
+
+
+def _span(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{{{','.join(map(str, numbers))}}}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
