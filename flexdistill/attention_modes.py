@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .runtime.attention import Memory, window_sums
+from .runtime.attention import Memory, attend_without_window, window_sums
 from .runtime.feature_maps import FeatureMap
 from .runtime.interface import NAME, flexformer_attention, softmax_attention, visible_keys
 from .runtime.masks import flexformer_mask
@@ -76,6 +76,13 @@ class AttentionCall:
         )
         output = rows.numerator / rows.denominator.masked_fill(rows.denominator == 0, 1.0)[..., None]
         return output.to(self.query.dtype).transpose(1, 2).contiguous()
+
+    def kernel_only(self) -> torch.Tensor:
+        """Flexformer attention with its kernel over all keys and no window, (B, T, H, D)."""
+        output = attend_without_window(
+            self.feature_map, self.query, self.key, self.value, scaling=self.scaling, visible=self.visible()
+        )
+        return output.transpose(1, 2).contiguous()
 
     def nothing(self) -> torch.Tensor:
         """Zeros in the place of the attention output, (B, T, H, D)."""

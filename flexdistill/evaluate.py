@@ -10,7 +10,13 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from .attention_modes import AttentionCall, attention_function, in_converted_modules, record_attention
+from .attention_modes import (
+    AttentionCall,
+    attention_function,
+    in_converted_modules,
+    record_attention,
+    softmax_mode,
+)
 from .convert import check_sequence_length
 from .data import pack, read_documents
 from .distill.attention_transfer import softmax_weights
@@ -25,7 +31,13 @@ from .sources import load_model, load_tokenizer, resolve_model
 
 # attention maps are compared on this many sequences: a map is quadratic in their length
 _ATTENTION_SEQUENCES = 2
-TEACHER, STUDENT, WINDOW_ONLY, NO_ATTENTION = "teacher", "student", "window only", "no attention"
+TEACHER, STUDENT, KERNEL_ONLY, WINDOW_ONLY, NO_ATTENTION = (
+    "teacher",
+    "student",
+    "kernel only",
+    "window only",
+    "no attention",
+)
 
 
 def compare_models(
@@ -37,17 +49,20 @@ def compare_models(
 ) -> dict:
     """Evaluates teacher and student on token sequences (N, T), shared out over the processes.
 
+    The teacher may be the student itself, where its weights are unchanged: it runs with softmax attention.
+
     Returns:
-        `rows`, one dict each for the teacher, the student, the student with its kernel's part removed (where a softmax
-        window is left) and with no attention at all in its converted modules: perplexity (None unless causal), mean KL
+        `rows`, one dict each for the teacher, the student, the student as its kernel alone and as its window alone
+        (where there is a window), and with no attention at all in its converted modules: perplexity (None unless causal), mean KL
         per token from the teacher, share of tokens whose most likely successor is the teacher's. Beside them the mean
         KL of each layer's attention rows, the share of rows that the guard changed, and the number of tokens.
     """
     maps = feature_maps(student)
     causal = all(feature_map.spec.causal for feature_map in maps.values())
-    modes = {TEACHER: (teacher, contextlib.nullcontext)}
+    modes = {TEACHER: (teacher, lambda: softmax_mode(teacher))}
     modes[STUDENT] = (student, contextlib.nullcontext)
     if all(feature_map.spec.window for feature_map in maps.values()):
+        modes[KERNEL_ONLY] = (student, _ablation(student, AttentionCall.kernel_only))
         modes[WINDOW_ONLY] = (student, _ablation(student, AttentionCall.window_only))
     modes[NO_ATTENTION] = (student, _ablation(student, AttentionCall.nothing))
     batches = sequences.split(batch_size)[accelerator.process_index :: accelerator.num_processes]

@@ -104,7 +104,9 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
             summary.write_text(json.dumps(result))
         checkpoint = None
 
-    teacher = load_model(source, trust_remote_code=recipe.trust_remote_code).to(accelerator.device)
+    teacher = student
+    if recipe.logit_distillation.steps and recipe.logit_distillation.train != "kernels":
+        teacher = load_model(source, trust_remote_code=recipe.trust_remote_code).to(accelerator.device)
     metrics = {"model": source.name, "kernel": recipe.kernel.model_dump(), "plan": _plan_totals(plan)}
     metrics |= compare_models(teacher, student, evaluation, recipe.evaluation.batch_size, accelerator)
     metrics |= {

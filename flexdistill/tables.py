@@ -79,7 +79,9 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
         for stage in metrics.get("stages", [])
     ]
     if stages:
+        print()
         print_table(["stage", "steps", "tokens", "seconds", "first loss", "last loss"], stages)
+    print()
     for line in _summary(metrics):
         _console().print(line, soft_wrap=True)
 
@@ -143,7 +145,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

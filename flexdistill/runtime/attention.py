@@ -18,6 +18,8 @@ from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, q
 # divided by nearly zero ruins a whole model; positive features cannot cancel, only underflow
 SIGNED_GUARD = 0.01
 POSITIVE_GUARD = 1e-30
+# kernel and window may differ by e^4 in mass at first, so the gate between them moves in larger steps than frequencies
+_GATE_UNIT = 10.0
 
 _guard_counters: list["GuardCounter"] = []
 
@@ -86,9 +88,7 @@ def attend(
     spec = feature_map.spec
     with torch.autocast(query.device.type, enabled=False):
         if not spec.causal:
-            features = _features(feature_map, query, key, scaling, visible)
-            rows = bidirectional_sums(features, _per_state_head(value, spec))
-            return _normalise(feature_map, rows).to(query.dtype), None
+            return attend_without_window(feature_map, query, key, value, scaling=scaling, visible=visible), None
         memory = memory or Memory.empty(key, value, spec.window)
         length = query.shape[-2]
         if visible is None:
@@ -101,6 +101,15 @@ def attend(
         output = _normalise(feature_map, far, near, features.query_log_scale)
         memory = Memory(state, key[:, :, length:], value[:, :, length:], visible[:, length:])
         return output.to(query.dtype), memory
+
+
+def attend_without_window(feature_map, query, key, value, *, scaling, visible=None) -> torch.Tensor:
+    """The kernel over all keys, whatever the window: what `attend` gives a layer whose window is 0. Shapes as there."""
+    with torch.autocast(query.device.type, enabled=False):
+        features = _features(feature_map, query, key, scaling, visible)
+        value = _per_state_head(value, feature_map.spec)
+        rows = causal_sums(features, value)[0] if feature_map.spec.causal else bidirectional_sums(features, value)
+        return _normalise(feature_map, rows).to(query.dtype)
 
 
 def attention_weights(
@@ -191,7 +200,7 @@ def _normalise(
     numerator, denominator = far.numerator, torch.maximum(far.denominator, least)
     if near is not None:
         # logarithm of the kernel part's weight against the window's; the larger of the two is scaled to 1
-        mix = feature_map.window_gate.float()[:, None].expand(denominator.shape)
+        mix = _GATE_UNIT * feature_map.window_gate.float()[:, None].expand(denominator.shape)
         if feature_map.calibrated:
             mix = mix + log_scale + (far.maximum - near.maximum.masked_fill(near.maximum == -torch.inf, 0.0))
         far_weight, near_weight = (mix - mix.clamp_min(0)).exp(), (-mix.clamp_min(0)).exp()

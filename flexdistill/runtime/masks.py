@@ -4,7 +4,7 @@ import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
 # what makes a full mask, out of all that transformers passes to a mask function
-_MASK_ARGUMENTS = ("allow_is_causal_skip", "allow_is_bidirectional_skip", "use_vmap", "device", "dtype")
+_MASK_ARGUMENTS = ("local_size", "allow_is_causal_skip", "allow_is_bidirectional_skip", "use_vmap", "device", "dtype")
 
 
 class LazyMask:

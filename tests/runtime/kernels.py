@@ -1,0 +1,50 @@
+"""Feature maps for tests: every registered kernel, small, with parameters away from their symmetric initial values."""
+
+import pytest
+import torch
+
+from flexdistill.runtime.configuration_flexformer import KernelSpec
+from flexdistill.runtime.feature_maps import FeatureMap
+from flexdistill.runtime.registry import build_feature_map, kernels
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+SCALING = HEAD_DIM**-0.5
+
+every_kernel = pytest.mark.parametrize(
+    ("variant", "component"), [pytest.param(*kernel, id="-".join(filter(None, kernel))) for kernel in kernels()]
+)
+every_key_heads = pytest.mark.parametrize("key_heads", ["query", "kv"])
+
+
+def kernel_spec(variant: str, component: str | None, **changes) -> KernelSpec:
+    settings = dict(
+        num_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, num_frequencies=HEAD_DIM, tied=False
+    )
+    return KernelSpec(variant, component, **settings | changes)
+
+
+def kernel(variant: str, component: str | None, *, noise: float = 0.1, seed: int = 0, **changes) -> FeatureMap:
+    """A feature map at its initial values plus Gaussian noise, so that no parameter is idle."""
+    torch.manual_seed(seed)
+    feature_map = build_feature_map(kernel_spec(variant, component, **changes))
+    feature_map.reset_parameters()
+    with torch.no_grad():
+        for parameter in feature_map.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return feature_map
+
+
+def query_key_value(length: int, *, batch: int = 2, seed: int = 1, dtype=torch.float32, scale: float = 1.0):
+    """Leaves (B, H, T, d), (B, K, T, d) and (B, K, T, D) that ask for gradients; D differs from d."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM), (KV_HEADS, HEAD_DIM - 3)]
+    tensors = [torch.randn(batch, heads, length, size, generator=generator) for heads, size in shapes]
+    tensors[0] *= scale
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -1,0 +1,470 @@
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
+
+from flexdistill.runtime.cache import FlexformerCacheLayer, cache_num_bytes
+from flexdistill.runtime.configuration_flexformer import KernelSpec
+from flexdistill.runtime.feature_maps import FeatureMap
+from flexdistill.runtime.interface import NAME
+from flexdistill.runtime.modeling_flexformer import FlexformerMixin, convert_model, flexformer_class
+from tests.runtime.kernels import every_kernel
+from tests.tiny import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama
+
+MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bert": tiny_bert}
+MODULES = {"gpt2": "h.{}.attn", "llama": "layers.{}.self_attn", "bert": "encoder.layer.{}.attention.self"}
+AUTO = {"gpt2": AutoModelForCausalLM, "llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM}
+every_model = pytest.mark.parametrize("name", MAKERS)
+every_generator = pytest.mark.parametrize("name", ["gpt2", "llama"])
+every_window = pytest.mark.parametrize("window", [0, 8])
+
+
+def specs(name, layers=(0, 1), variant="nonstationary", component="hyperbolic", **changes):
+    settings = dict(
+        num_heads=4,
+        num_key_value_heads=2 if name == "llama" else 4,
+        head_dim=16,
+        num_frequencies=16,
+        tied=False,
+        causal=name != "bert",
+    )
+    spec = KernelSpec(variant, component, **settings | changes)
+    return {MODULES[name].format(layer): spec for layer in layers}
+
+
+def sharpened(model):
+    """Larger weights than initialisation gives, so that attention matters and greedy decoding does not loop at once."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter += 0.08 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def converted(name, **changes):
+    model = convert_model(sharpened(MAKERS[name]()), specs(name, **changes))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, FeatureMap):
+                for parameter in module.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def tokens(length=40, batch=2, seed=5):
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids, **arguments):
+    return model(input_ids=ids, **arguments).logits
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Within a tolerance relative to the largest logit."""
+    assert actual.isfinite().all()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)
+
+
+@every_model
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_softmax_mode_is_the_teacher(name, padded):
+    teacher, model = sharpened(MAKERS[name]()), converted(name)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    if padded:
+        mask[0, :15] = 0
+    expected = logits(teacher, tokens(), attention_mask=mask)
+    assert (logits(model, tokens(), attention_mask=mask) - expected).abs().max() > 1e-3
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(logits(model, tokens(), attention_mask=mask), expected)
+    model.set_attn_implementation(NAME)
+    assert not torch.equal(logits(model, tokens(), attention_mask=mask), expected)
+
+
+@every_model
+def test_base_weights_are_taken_over(name):
+    before = {key: value.clone() for key, value in sharpened(MAKERS[name]()).state_dict().items()}
+    after = converted(name).state_dict()
+    assert {key for key in after if f".{NAME}." not in key} == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@every_kernel
+@pytest.mark.parametrize("key_heads", ["query", "kv"])
+def test_every_kernel_survives_a_round_trip(variant, component, key_heads, tmp_path):
+    model = converted("llama", variant=variant, component=component, key_heads=key_heads, window=3)
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(reloaded, tokens()), logits(model, tokens()))
+
+
+@every_model
+def test_reload(name, tmp_path):
+    model = converted(name)
+    expected = logits(model, tokens())
+    model.save_pretrained(tmp_path / "first")
+    reloaded, report = AUTO[name].from_pretrained(tmp_path / "first", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert type(reloaded) is type(model) and isinstance(reloaded, MAKERS[name]().__class__)
+    assert torch.equal(logits(reloaded, tokens()), expected)
+    reloaded.set_attn_implementation("sdpa")
+    assert torch.equal(logits(reloaded, tokens()), logits(sharpened(MAKERS[name]()), tokens()))
+    reloaded.set_attn_implementation(NAME)
+    reloaded.save_pretrained(tmp_path / "second")
+    assert torch.equal(logits(AUTO[name].from_pretrained(tmp_path / "second"), tokens()), expected)
+    first, second = (
+        {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir() if file.suffix != ".safetensors"}
+        for folder in ("first", "second")
+    )
+    assert first == second
+
+
+@every_model
+def test_reload_of_the_base_model_alone(name, tmp_path):
+    model = converted(name)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, FlexformerMixin)
+    with torch.no_grad():
+        assert torch.equal(
+            base(input_ids=tokens()).last_hidden_state, model.base_model(input_ids=tokens()).last_hidden_state
+        )
+
+
+OUTSIDE = """
+import sys
+sys.modules["flexdistill"] = None
+import torch, transformers
+from safetensors.torch import save_file
+folder, again, auto = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+ids = torch.arange(2, 42)[None]
+with torch.no_grad():
+    first = model(input_ids=ids).logits
+model.save_pretrained(again)
+reloaded = getattr(transformers, auto).from_pretrained(again, trust_remote_code=True)
+with torch.no_grad():
+    second = reloaded(input_ids=ids).logits
+tensors = {"first": first, "second": second}
+if model.can_generate():
+    tensors["generated"] = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=1)
+save_file(tensors, again + "/results.safetensors")
+"""
+
+
+@every_model
+def test_loads_where_flexdistill_is_missing(name, tmp_path, monkeypatch):
+    model = converted(name, window=0 if name == "bert" else 4)
+    model.save_pretrained(tmp_path / "first")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    again = tmp_path / "again"
+    arguments = [str(tmp_path / "first"), str(again), AUTO[name].__name__]
+    # no -I, which would also drop a PYTHONPATH that chooses the version of transformers
+    run = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    results = load_file(again / "results.safetensors")
+    ids = torch.arange(2, 42)[None]
+    assert_close(results["first"], logits(model, ids))
+    assert_close(results["second"], logits(model, ids))
+    if model.can_generate():
+        expected = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=1)
+        assert torch.equal(results["generated"], expected)
+    assert_close(logits(AUTO[name].from_pretrained(again), ids), logits(model, ids))
+
+
+@every_model
+def test_config_json(name, tmp_path):
+    model = converted(name, layers=[1])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "flexformer" and config["base_model_type"] == name
+    assert config["flexformer"] == {"layers": {key: spec.to_dict() for key, spec in specs(name, layers=[1]).items()}}
+    assert config["architectures"] == [type(model).__name__]
+    assert config["auto_map"]["AutoConfig"] == "modeling_flexformer.FlexformerConfig"
+    assert config["auto_map"][AUTO[name].__name__] == f"modeling_flexformer.{type(model).__name__}"
+    assert (
+        config["auto_map"]["AutoModel"] == f"modeling_flexformer.Flexformer{type(MAKERS[name]().base_model).__name__}"
+    )
+    for reference in config["auto_map"].values():
+        file, cls = reference.split(".")
+        assert (tmp_path / f"{file}.py").is_file()
+    reloaded = AutoConfig.from_pretrained(tmp_path)
+    assert reloaded.model_type == name and reloaded.kernel_specs == specs(name, layers=[1])
+    weights = load_file(tmp_path / "model.safetensors")
+    kernels = [key for key in weights if f".{NAME}." in key]
+    assert kernels and all(MODULES[name].format(1) in key for key in kernels)
+
+
+def test_unknown_base_model_type_is_named(tmp_path):
+    converted("gpt2").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"base_model_type": "gpt99"}))
+    with pytest.raises(ValueError, match="base_model_type is 'gpt99', which transformers .* does not know"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    model = converted("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.lm_head.weight is reloaded.transformer.wte.weight
+    untied = converted("llama")
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+@every_model
+@pytest.mark.parametrize("whole", [False, True], ids=["with head", "base model"])
+def test_missing_kernels_are_initialised(name, whole, tmp_path):
+    converted(name).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if f".{NAME}." not in key}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.manual_seed(0)
+    filler = [torch.full((1 << 16,), torch.nan) for _ in range(50)]  # memory that is handed out again holds NaN
+    del filler
+    model = (AutoModel if whole else AUTO[name]).from_pretrained(tmp_path)
+    found = {key: value for key, value in model.named_parameters() if f".{NAME}." in key}
+    assert found
+    for key, value in found.items():
+        if key.endswith("log_amplitude") or key.endswith("norm_factor"):
+            assert (value == 0).all(), key
+        else:
+            expected = 0.5 * 16**-0.25 if key.endswith("w1") else 0.02
+            assert abs(value.std() - expected) < 0.1 * expected, key
+
+
+@every_model
+def test_deepcopy_and_pickle(name):
+    model = converted(name)
+    expected = logits(model, tokens())
+    copied = copy.deepcopy(model)
+    unpickled = pickle.loads(pickle.dumps(model))
+    for other in (copied, unpickled):
+        assert type(other) is type(model) and torch.equal(logits(other, tokens()), expected)
+    with torch.no_grad():
+        next(p for n, p in copied.named_parameters() if n.endswith("w1")).add_(1.0)
+    assert not torch.equal(logits(copied, tokens()), expected)
+    assert torch.equal(logits(model, tokens()), expected)
+    if model.can_generate():  # the copies' hooks find their own modules
+        assert torch.equal(generate(unpickled, tokens(), 5), generate(model, tokens(), 5))
+
+
+def test_classes_are_made_once():
+    assert flexformer_class(type(tiny_gpt2())) is type(converted("gpt2"))
+    from flexdistill.runtime import modeling_flexformer
+
+    assert modeling_flexformer.FlexformerGPT2LMHeadModel is type(converted("gpt2"))
+    with pytest.raises(AttributeError, match="has no attribute 'FlexformerNothing'"):
+        _ = modeling_flexformer.FlexformerNothing
+
+
+def generate(model, ids, count, **arguments):
+    arguments = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1} | arguments
+    return model.generate(ids, max_new_tokens=count, min_new_tokens=count, **arguments)
+
+
+@every_generator
+@every_window
+def test_greedy_with_cache_is_without(name, window):
+    model = converted(name, window=window)
+    cached = generate(model, tokens(12), 64)
+    assert torch.equal(cached, generate(model, tokens(12), 64, use_cache=False))
+    assert cached.shape == (2, 76) and len(cached[0, 12:].unique()) > 3
+
+
+@every_generator
+@every_window
+def test_step_by_step_logits_are_those_of_one_pass(name, window):
+    model, ids = converted(name, window=window), tokens(40)
+    cache, pieces = DynamicCache(config=model.config), []
+    for start, stop in ((0, 17), (17, 18), (18, 19), (19, 40)):
+        pieces.append(logits(model, ids[:, start:stop], past_key_values=cache))
+        assert cache.get_seq_length() == stop
+    assert_close(torch.cat(pieces, dim=1), logits(model, ids, use_cache=False))
+    assert all(isinstance(layer, FlexformerCacheLayer) for layer in cache.layers)
+
+
+@every_generator
+@every_window
+def test_sampling_with_cache_is_without(name, window):
+    model, results = converted(name, window=window), []
+    for use_cache in (True, False):
+        torch.manual_seed(9)
+        results.append(generate(model, tokens(12), 40, do_sample=True, use_cache=use_cache))
+    assert torch.equal(*results)
+    torch.manual_seed(10)
+    assert not torch.equal(generate(model, tokens(12), 40, do_sample=True), results[0])
+
+
+@every_generator
+@every_window
+def test_beam_search_with_cache_is_without(name, window):
+    model = converted(name, window=window)
+    settings = {"num_beams": 3, "num_return_sequences": 2}
+    cached = generate(model, tokens(12), 20, **settings)
+    assert torch.equal(cached, generate(model, tokens(12), 20, use_cache=False, **settings))
+    assert cached.shape == (4, 32)
+
+
+@every_generator
+@every_window
+@pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["whole", "partial"])
+def test_left_padded_batch_is_each_sequence_alone(name, window, layers):
+    model, ids = converted(name, window=window, layers=layers), tokens(20)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    together = generate(model, ids, 30, attention_mask=mask)
+    assert torch.equal(together[:1], generate(model, ids[:1], 30))
+    assert torch.equal(together[1:, 13:], generate(model, ids[1:, 13:], 30))
+    single = generate(model, ids[1:], 30, attention_mask=mask[1:])  # and batches of one
+    assert torch.equal(single[:, 13:], together[1:, 13:])
+
+
+@every_model
+@pytest.mark.parametrize("layers", [(0, 1), (0,)], ids=["whole", "partial"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_padding_does_not_change_logits(name, layers, batch):
+    model, ids = converted(name, layers=layers), tokens(30, batch=batch)
+    alone = logits(model, ids[:, :18])
+    right = torch.ones_like(ids)
+    right[:, 18:] = 0
+    assert_close(logits(model, ids, attention_mask=right)[:, :18], alone)
+
+
+@every_generator
+@every_window
+@pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["whole", "partial"])
+def test_continuing_a_conversation_is_one_call(name, window, layers):
+    model = converted(name, window=window, layers=layers)
+    first = generate(model, tokens(12, batch=1), 10, return_dict_in_generate=True)
+    more = torch.cat([first.sequences, tokens(7, batch=1, seed=8)], dim=1)
+    # the last generated token has not been fed yet, so it and the new ones are
+    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    continued = generate(model, more, 15, past_key_values=first.past_key_values)
+    assert torch.equal(continued, generate(model, more, 15))
+
+
+@every_generator
+@every_window
+def test_state_does_not_grow(name, window):
+    # rotary positions and learned ones both end at 512, so the longer text is fed without them being exceeded
+    model = converted(name, window=window)
+    sizes = []
+    for calls in (1, 32):
+        cache = DynamicCache(config=model.config)
+        for call in range(calls):
+            position_ids = torch.arange(64)[None]
+            logits(model, tokens(64, batch=1, seed=call), past_key_values=cache, position_ids=position_ids)
+        assert cache.get_seq_length() == 64 * calls
+        sizes.append(cache_num_bytes(cache))
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_softmax_layers_of_a_partial_conversion_grow():
+    model, sizes = converted("llama", layers=[0]), []
+    for length in (64, 128):
+        cache = DynamicCache(config=model.config)
+        logits(model, tokens(length, batch=1), past_key_values=cache)
+        sizes.append(cache_num_bytes(cache))
+    assert sizes[1] - sizes[0] == 64 * 2 * 2 * 16 * 4
+
+
+@every_generator
+@pytest.mark.parametrize("layers", [(0,), (1,)], ids=["first", "second"])
+@every_window
+def test_partial_conversion_generates(name, layers, window):
+    model = converted(name, layers=layers, window=window)
+    assert torch.equal(generate(model, tokens(12), 30), generate(model, tokens(12), 30, use_cache=False))
+    cache = DynamicCache(config=model.config)
+    logits(model, tokens(), past_key_values=cache)
+    assert [isinstance(layer, FlexformerCacheLayer) for layer in cache.layers] == [i in layers for i in range(2)]
+
+
+@every_generator
+def test_four_dimensional_masks_are_refused(name):
+    mask = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="not a 4-D mask"):
+        logits(converted(name), tokens(), attention_mask=mask)
+
+
+def test_packed_sequences_are_refused():
+    position_ids = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    with pytest.raises(ValueError, match="pass sequences one by one or padded instead of packed"):
+        logits(converted("llama"), tokens(batch=1), position_ids=position_ids, use_cache=False)
+
+
+@every_generator
+def test_a_foreign_cache_is_refused(name):
+    cache = DynamicCache()
+    logits(sharpened(MAKERS[name]()), tokens(10), past_key_values=cache)
+    with pytest.raises(ValueError, match="keys and values of layer 0 that did not pass through .* an empty cache"):
+        logits(converted(name), tokens(10), past_key_values=cache)
+
+
+@every_generator
+def test_cropping_is_refused(name):
+    model = converted(name)
+    cache = DynamicCache(config=model.config)
+    logits(model, tokens(10), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="cannot forget single tokens"):
+        cache.crop(-3)
+    with pytest.raises(ValueError, match="(?i)assisted"):
+        generate(model, tokens(10, batch=1), 5, assistant_model=converted(name))
+
+
+@every_generator
+def test_softmax_mode_keeps_its_own_cache(name):
+    model, teacher = converted(name), sharpened(MAKERS[name]())
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(generate(model, tokens(12), 20), generate(teacher, tokens(12), 20))
+
+
+@every_model
+def test_bf16(name):
+    model = converted(name)
+    expected = logits(model, tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = logits(model, tokens())
+    assert (autocast - expected).abs().max() <= 0.1 * expected.abs().max()
+    half = convert_model(sharpened(MAKERS[name]()).to(torch.bfloat16), specs(name)).eval()
+    kernels = {p.dtype for n, p in half.named_parameters() if f".{NAME}." in n}
+    assert kernels == {torch.float32} and half.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert logits(half, tokens()).dtype == torch.bfloat16 and logits(half, tokens()).isfinite().all()
+    whole = model.to(torch.bfloat16)
+    assert (logits(whole, tokens()).float() - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+@every_model
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    gradients = []
+    for checkpointing in (False, True):
+        model = converted(name, window=0 if name == "bert" else 4).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        model(input_ids=tokens(), labels=tokens(), **({} if name == "bert" else {"use_cache": False})).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys()
+    assert sum(f".{NAME}." in key for key in plain) == sum(f".{NAME}." in n for n, _ in model.named_parameters())
+    for key, expected in plain.items():
+        assert (checkpointed[key] - expected).norm() <= 1e-6 * expected.norm().clamp_min(1e-3), key

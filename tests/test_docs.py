@@ -1,0 +1,113 @@
+"""What the documentation tells people to type: every command parses, and marked blocks run, in the order they stand."""
+
+import re
+import shlex
+import sys
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+import typer
+
+from flexdistill.cli import app, main
+from flexdistill.data import SAMPLE, read_documents
+from flexdistill.recipe import DataRecipe
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXECUTED = "<!-- runs in tests -->"
+BLOCK = re.compile(
+    rf"(?P<mark>{EXECUTED}\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE
+)
+
+# in the place of the real runs' hours and data
+SHORTER = {
+    "convert": [
+        *("--attention-steps", "1", "--logit-steps", "1", "--batch-size", "2", "--sequence-length", "16"),
+        *("--data", "notes.txt", "--set", "evaluation.sequences=2", "--overwrite"),
+    ],
+    "evaluate": ["--sequence-length", "16", "--sequences", "2"],
+}
+
+
+def blocks(document: Path, language: str) -> list[tuple[str, bool]]:
+    """Text of each block, and whether it is marked as executed."""
+    found = BLOCK.finditer(document.read_text(encoding="utf-8"))
+    return [(block["text"], block["mark"] is not None) for block in found if block["language"] == language]
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def flexdistill_arguments(command: list[str]) -> list[str] | None:
+    """What follows `flexdistill`, also behind `accelerate launch -m` or `python -m`."""
+    if command[0] == "flexdistill":
+        return command[1:]
+    if command[0] in ("accelerate", "python", "torchrun") and "flexdistill" in command:
+        return command[command.index("flexdistill") + 1 :]
+    return None
+
+
+ALL_COMMANDS = [
+    pytest.param(command, id=f"{document.name}: {' '.join(command)}")
+    for document in DOCUMENTS
+    for text, _ in blocks(document, "bash")
+    for command in commands(text)
+]
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS)
+def test_command_parses(command):
+    arguments = flexdistill_arguments(command)
+    if arguments is not None:
+        group = typer.main.get_command(app)
+        assert arguments[0] in group.commands
+        # raises for an unknown option or a missing argument
+        group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize("command", [command for command in ALL_COMMANDS if command.values[0][0] == "make"])
+def test_make_target_exists(command):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in takewhile(lambda word: "=" not in word, command[1:]):
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_python_compiles(document):
+    for text, _ in blocks(document, "python"):
+        compile(text, document.name, "exec")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_marks_stand_above_blocks(document):
+    text = document.read_text(encoding="utf-8")
+    marks = re.findall(rf"^{EXECUTED}$", text, re.MULTILINE)
+    assert len(marks) == sum(marked for language in ("bash", "python") for _, marked in blocks(document, language))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_marked_blocks_run(document, tmp_path, monkeypatch):
+    """`gpt2` is a tiny model, and notes.txt stands where data is named."""
+    marked = [block for block in BLOCK.finditer(document.read_text(encoding="utf-8")) if block["mark"]]
+    if not marked:
+        return
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEXDISTILL_DEBUG", "1")
+    tiny.save_tiny(Path("gpt2"), tiny.tiny_gpt2(), tiny.tiny_tokenizer())
+    novel = next(read_documents(DataRecipe(source=str(SAMPLE))))
+    Path("notes.txt").write_text(novel[:100_000], encoding="utf-8")
+    for block in marked:
+        if block["language"] == "python":
+            exec(compile(block["text"], document.name, "exec"), {})
+            continue
+        for command in commands(block["text"]):
+            arguments = flexdistill_arguments(command)
+            assert arguments is not None, f"a marked block may hold flexdistill commands only, not {command}"
+            monkeypatch.setattr(sys, "argv", ["flexdistill", *arguments, *SHORTER.get(arguments[0], [])])
+            with pytest.raises(SystemExit) as stop:
+                main()
+            assert not stop.value.code, command

@@ -1,0 +1,90 @@
+import pytest
+import yaml
+
+from flexdistill.errors import FlexdistillError
+from flexdistill.recipe import RECIPES_FOLDER, Recipe, shipped_recipes
+
+
+def test_defaults_are_those_of_an_empty_file(tmp_path):
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    assert Recipe.load(empty) == Recipe()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipe_loads_and_says_what_it_is_for(name):
+    recipe = Recipe.load(name)
+    purpose = (RECIPES_FOLDER / f"{name}.yaml").read_text().splitlines()[0]
+    assert purpose.startswith("# ")
+    stages = (recipe.attention_transfer, recipe.logit_distillation)
+    tokens = sum(stage.steps * stage.batch_size for stage in stages) * recipe.data.sequence_length
+    budget = f"{tokens / 1e6:.1f}M" if tokens >= 1e6 else f"{tokens / 1e3:.0f}k"
+    assert f"{budget} tokens" in purpose
+
+
+def test_recipes_expected_by_the_documentation_are_shipped():
+    assert shipped_recipes() == ["default", "demo", "gpt2", "smollm2"]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_yaml_round_trip(name, tmp_path):
+    recipe = Recipe.load(name).override({"model": "gpt2", "kernel.window": 32})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert Recipe.load(file).model_dump() == recipe.model_dump()
+
+
+def test_yaml_round_trip_where_a_setting_would_be_ignored(tmp_path):
+    recipe = Recipe().override({"logit_distillation.train": "kernels"})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert Recipe.load(file).model_dump() == recipe.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kernel.windw": 3}, "unknown key 'kernel.windw'; did you mean 'window'?"),
+        ({"sed": 3}, "did you mean 'seed'?"),
+        ({"logit_distillation.lora.rnak": 3, "logit_distillation.train": "lora"}, "did you mean 'rank'?"),
+        ({"zzz": 1}, "known are: model, seed"),
+        ({"seed.value": 1}, "Setting 'seed.value' is unknown"),
+        ({"kernel.window": -1}, "kernel.window"),
+        ({"kernel.key_heads": "all"}, "'query' or 'kv'"),
+        ({"logit_distillation.lora": {"rank": 4}}, "lora is set but train is 'full'"),
+        (
+            {"logit_distillation.train": "kernels", "logit_distillation.learning_rate": 1e-3},
+            "learning_rate is ignored with train: kernels",
+        ),
+    ],
+)
+def test_bad_settings_are_explained(settings, message):
+    with pytest.raises(FlexdistillError) as raised:
+        Recipe(seed=1).override(settings)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("kernel: [", "not valid YAML"), ("- 1", "not a list"), ("kernel:\n  windo: 1", "'window'")]
+)
+def test_bad_files_are_explained(text, message, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(FlexdistillError, match=message):
+        Recipe.load(file)
+
+
+def test_unknown_recipe_lists_the_shipped_ones():
+    with pytest.raises(FlexdistillError, match="default, demo"):
+        Recipe.load("defualt")
+
+
+def test_override_leaves_the_original_alone():
+    recipe = Recipe()
+    changed = recipe.override({"kernel.window": 64})
+    assert (recipe.kernel.window, changed.kernel.window) == (0, 64)
+
+
+def test_to_yaml_holds_every_setting():
+    assert set(yaml.safe_load(Recipe().to_yaml())) == set(Recipe.model_fields)
