@@ -1,4 +1,4 @@
-"""Other attention in the place of Flexformer's: the teacher's softmax, recordings of it, and what evaluation takes away."""
+"""Other attention in the place of Flexformer's: the teacher's softmax, recordings, and ablations for evaluation."""
 
 from __future__ import annotations
 

@@ -252,15 +252,13 @@ def _recipe(options: dict[str, Any]) -> Any:
     return Recipe.load(options.get("recipe", "default")).override(settings)
 
 
-def _source_settings(section: str, source: str) -> dict[str, str | None]:
+def _source_settings(section: str, source: str) -> dict[str, str]:
     """NAME[:CONFIG[:SPLIT[:COLUMN]]] as settings; a path that exists is never split."""
     parts = [source] if Path(source).exists() else source.split(":")
     names = ("source", "config", "split", "column")
     if len(parts) > len(names):
         raise FlexdistillError(f"Source {source!r} has too many parts; write NAME[:CONFIG[:SPLIT[:COLUMN]]].")
-    # parts left out are cleared: those of the recipe belong to another source
-    values = [part or None for part in parts] + [None] * (len(names) - len(parts))
-    return {f"{section}.{name}": value for name, value in zip(names, values, strict=True)}
+    return {f"{section}.{name}": part for name, part in zip(names, parts, strict=False) if part}
 
 
 def _parse_assignment(assignment: str) -> tuple[str, Any]:

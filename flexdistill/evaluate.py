@@ -27,7 +27,7 @@ from .errors import FlexdistillError
 from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement
 from .recipe import EvaluationRecipe
 from .runtime.attention import attention_weights, count_guards
-from .sources import load_model, load_tokenizer, resolve_model
+from .sources import load_model, load_tokenizer, progress_bars_on_terminals_only, resolve_model
 
 # attention maps are compared on this many sequences: a map is quadratic in their length
 _ATTENTION_SEQUENCES = 2
@@ -53,9 +53,10 @@ def compare_models(
 
     Returns:
         `rows`, one dict each for the teacher, the student, the student as its kernel alone and as its window alone
-        (where there is a window), and with no attention at all in its converted modules: perplexity (None unless causal), mean KL
-        per token from the teacher, share of tokens whose most likely successor is the teacher's. Beside them the mean
-        KL of each layer's attention rows, the share of rows that the guard changed, and the number of tokens.
+        (where there is a window), and with no attention at all in its converted modules: perplexity (None unless
+        causal), mean KL per token from the teacher, share of tokens whose most likely successor is the teacher's.
+        Beside them the mean KL of each layer's attention rows, the share of rows that the guard changed, and the number
+        of tokens.
     """
     maps = feature_maps(student)
     causal = all(feature_map.spec.causal for feature_map in maps.values())
@@ -83,7 +84,7 @@ def compare_models(
                     sums[-1, 1] += guards.rows
                 sums[row] += _token_sums(split, hidden, reference, teacher_hidden, batch)
     sums = accelerator.reduce(sums, reduction="sum")
-    rows = [_row(name, values, causal) for name, values in zip(modes, sums.tolist())]
+    rows = [_row(name, values, causal) for name, values in zip(modes, sums.tolist(), strict=False)]
     guarded, guard_rows = sums[-1, :2].tolist()
     return {
         "rows": rows,
@@ -154,7 +155,8 @@ def load_converted(directory: str | Path) -> PreTrainedModel:
     )
     for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
         try:
-            model = auto.from_pretrained(directory)
+            with progress_bars_on_terminals_only():
+                model = auto.from_pretrained(directory)
         except (OSError, ValueError) as cause:
             error.__cause__ = cause
             continue

@@ -9,12 +9,12 @@ import uuid
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 from .errors import FlexdistillError
 from .recipe import Recipe
-from .sources import ModelSource
+from .sources import ModelSource, progress_bars_on_terminals_only
 
 
 def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
@@ -45,9 +45,10 @@ def export(
     aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
     try:
         aside.mkdir(parents=True)
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        metrics["reload_max_logit_difference"] = _reload_difference(model, aside)
+        with progress_bars_on_terminals_only():
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            metrics["reload_max_logit_difference"] = _reload_difference(model, aside)
         (aside / "recipe.yaml").write_text(recipe.to_yaml())
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         (aside / "README.md").write_text(model_card(model, source, recipe, metrics))
@@ -73,6 +74,7 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
     front += ["license: other", "license_name: same-as-base-model"]
     auto = type(model)._auto_class
     kernel = recipe.kernel
+    evaluated_on = recipe.evaluation.source or f"{recipe.data.source} (held out)"
     window = f", softmax window of {kernel.window} tokens" if kernel.window else ", no softmax window"
     return "\n".join(
         [
@@ -82,13 +84,13 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
             f"# {source.name.removeprefix('package:')} with linear attention",
             "",
-            f"Converted from `{source.name}` by [flexdistill](https://github.com/flexdistill/flexdistill): softmax",
-            "attention became Flexformer attention (arXiv:2606.27748), whose state has a constant size.",
+            f"Converted from `{source.name}` by flexdistill: softmax attention became Flexformer attention",
+            "(arXiv:2606.27748), whose state has a constant size.",
             f"Kernel: {kernel.variant}{f' {kernel.component}' if kernel.component else ''}{window}.",
             "",
             "## Results",
             "",
-            f"{metrics['evaluated_tokens']:,} tokens of `{recipe.evaluation.source or recipe.data.source + ' (held out)'}`.",
+            f"On {metrics['evaluated_tokens']:,} tokens of `{evaluated_on}`.",
             "",
             "| model | perplexity | KL to teacher | same top-1 token |",
             "|---|---|---|---|",
@@ -123,7 +125,6 @@ def _table_row(row: dict) -> str:
 
 @torch.no_grad()
 def _reload_difference(model: PreTrainedModel, folder: Path) -> float:
-    AutoConfig.from_pretrained(folder)
     auto = getattr(modeling_auto, type(model)._auto_class)
     reloaded = auto.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     tokens = torch.arange(model.get_input_embeddings().num_embeddings, device=model.device)[None, :16]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
@@ -131,6 +132,8 @@ def make_accelerator(precision: str) -> Accelerator:
         precision = "bf16" if on_gpu else "fp32"
     if on_gpu:
         torch.set_float32_matmul_precision("high")
+    # a second run in one process may ask for another precision, which the shared state would refuse
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
 
 

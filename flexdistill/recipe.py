@@ -1,8 +1,9 @@
-"""The one typed configuration of a conversion: read from YAML, overridden by the command line, written beside the weights."""
+"""The one typed configuration of a conversion: read from YAML, overridden by the command line, kept with the weights."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,7 +137,7 @@ class Recipe(_Section):
     """Everything that decides the result of a conversion.
 
     Raises:
-        FlexdistillError: from `load` and `override`, for an unknown key, a bad value or a setting that would be ignored.
+        FlexdistillError: from `load` and `override`, for an unknown key, a bad value or an ignored setting.
     """
 
     model: str | None = Field(None, description="Hub id, folder, .gguf file or package:NAME")
@@ -158,7 +159,8 @@ class Recipe(_Section):
             path = RECIPES_FOLDER / f"{name_or_file}.yaml"
         if not path.is_file():
             raise FlexdistillError(
-                f"Recipe {str(name_or_file)!r} is neither a file nor a shipped recipe; shipped are: {', '.join(shipped_recipes())}."
+                f"Recipe {str(name_or_file)!r} is neither a file nor a shipped recipe; "
+                f"shipped are: {', '.join(shipped_recipes())}."
             )
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -169,7 +171,11 @@ class Recipe(_Section):
         return cls._checked(settings, f"Recipe {path}")
 
     def override(self, settings: dict[str, Any]) -> Recipe:
-        """A copy with settings replaced; keys are dotted paths such as `kernel.window`."""
+        """A copy with settings replaced; keys are dotted paths such as `kernel.window`.
+
+        Where a replaced setting makes others of this recipe meaningless (another data source its column, another
+        variant its component), those go back to their defaults unless they are given too.
+        """
         nested = self.model_dump(exclude_unset=True)
         for dotted, value in settings.items():
             section = nested
@@ -179,6 +185,8 @@ class Recipe(_Section):
                 if not isinstance(section, dict):
                     raise FlexdistillError(f"Setting {dotted!r} is unknown: {parent!r} has no settings below it.")
             section[name] = value
+        for key in settings:
+            _forget_ignored(nested, key, settings)
         return self._checked(nested, "The settings")
 
     def to_yaml(self) -> str:
@@ -195,6 +203,23 @@ class Recipe(_Section):
 
 def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+# setting -> the settings of its section that are about it, and whether they mean nothing once it has a new value
+_ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
+    "data.source": (("config", "split", "column"), lambda source: True),
+    "evaluation.source": (("config", "split", "column"), lambda source: True),
+    "kernel.variant": (("component", "tied"), lambda variant: True),
+    "logit_distillation.train": (("learning_rate",), lambda train: train == "kernels"),
+}
+
+
+def _forget_ignored(nested: dict[str, Any], key: str, settings: dict[str, Any]) -> None:
+    names, ignored = _ABOUT.get(key, ((), bool))
+    section = key.rpartition(".")[0]
+    for name in names:
+        if ignored(settings[key]) and f"{section}.{name}" not in settings:
+            nested[section].pop(name, None)
 
 
 def _without_ignored(settings: dict[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def load_model(
             f"Folder {source.name} has no *.safetensors weights; load its weights with "
             "transformers and write them with save_pretrained."
         )
-    with _explained(source), _progress_bars_on_terminals_only():
+    with _explained(source), progress_bars_on_terminals_only():
         weights = {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
         model, report = auto_class.from_pretrained(
             source.path_or_id,
@@ -233,7 +233,8 @@ def _unquantized(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.
 
 
 @contextmanager
-def _progress_bars_on_terminals_only() -> Iterator[None]:
+def progress_bars_on_terminals_only() -> Iterator[None]:
+    """tqdm's bars show inside the context only if stderr is a terminal."""
     # transformers' own switch misses the GGUF reader, which calls tqdm itself
     original = tqdm.__init__
     tqdm.__init__ = partialmethod(original, disable=None)

@@ -18,7 +18,7 @@ from .stage import Stage, StepLosses
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, final_ratio: float) -> float:
-    """Linear warm-up times a cosine that ends at `final_ratio`; a function of the step alone, so resuming needs no state."""
+    """Linear warm-up times a cosine that ends at `final_ratio`; of the step alone, so resuming needs no state."""
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return warmup * (final_ratio + (1 - final_ratio) * cosine)

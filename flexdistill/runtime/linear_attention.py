@@ -143,12 +143,12 @@ def chunked_sums(
             state,
         )
         outputs.append([x.flatten(3, 4)[:, :, :, :size] for x in rows])
-    sums, bound, maximum = (torch.cat(parts, dim=3) for parts in zip(*outputs))
+    sums, bound, maximum = (torch.cat(parts, dim=3) for parts in zip(*outputs, strict=True))
     return _ungrouped(sums, bound.squeeze(-1), maximum.squeeze(-1)), state
 
 
 def _block_sums(query, key, log_weight, value, state):
-    """Chunks (B, S, G, N, C, F), (B, S, N, C, F), (B, S, N, C), (B, S, N, C, D + 1) -> rows and the state after them."""
+    """Chunks (B, S, G, N, C, F), (B, S, N, C, F), (B, S, N, C), (B, S, N, C, D + 1) -> rows and the next state."""
     # the running maximum a row sees: that of all earlier chunks, then of its own chunk up to itself
     chunk_maxima, summaries = _summarise(key, log_weight, value)
     maxima = torch.cat([state.maximum[..., None], chunk_maxima], dim=-1)

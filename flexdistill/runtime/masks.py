@@ -1,4 +1,4 @@
-"""The mask that Flexformer attention asks transformers for: padding as it came, a full mask only if a layer needs it."""
+"""The mask that Flexformer attention asks transformers for: padding, and a full mask only if a layer needs it."""
 
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask

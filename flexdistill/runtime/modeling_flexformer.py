@@ -1,8 +1,8 @@
 """Model classes of converted models, made on demand from the base model's own classes.
 
-`FlexformerGPT2LMHeadModel` is a subclass of `GPT2LMHeadModel` with a feature map beside each converted attention module.
-Weights keep the base model's names; those of feature maps end in `.flexformer.*`. This file and the ones that it imports
-are copied into every checkpoint, where they need torch and transformers only.
+`FlexformerGPT2LMHeadModel` is a subclass of `GPT2LMHeadModel` with a feature map in each converted attention module.
+Weights keep the base model's names; those of feature maps end in `.flexformer.*`. This file and the ones that it
+imports are copied into every checkpoint, where they need torch and transformers only.
 """
 
 import torch
@@ -22,7 +22,7 @@ _classes: dict[str, type] = {}
 
 
 class FlexformerConfig(PreTrainedConfig):
-    """What AutoConfig finds under model_type "flexformer": hands over to a subclass of the base model's configuration."""
+    """What AutoConfig finds under model_type "flexformer": hands over to a subclass of the base configuration."""
 
     model_type = MODEL_TYPE
 
@@ -79,7 +79,7 @@ def convert_model(model: PreTrainedModel, specs: dict[str, KernelSpec]) -> PreTr
     """A Flexformer model that takes over the weights of `model`, its new feature maps freshly initialised.
 
     Args:
-        model: a model of a class that transformers has; its parameters and buffers move over, it must not be used again.
+        model: a model of a class that transformers has; its weights move over, so it must not be used again.
         specs: module name relative to `model.base_model` -> the kernel it gets.
     """
     config_class = flexformer_class(type(model.config))

@@ -1,0 +1,314 @@
+import errno
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flexdistill.distill import checkpoints as checkpoints_module
+from flexdistill.distill.checkpoints import Checkpoints
+from flexdistill.distill.loop import learning_rate_factor
+from flexdistill.distill.stage import feature_maps
+from flexdistill.errors import FlexdistillError, NonFiniteLossError
+from tests.distill.stages import (
+    assert_equal,
+    attention_transfer,
+    logit_distillation,
+    parameters,
+    sequences,
+    student,
+    train,
+)
+from tests.distill.two_processes import final_parameters
+
+STAGES = {
+    "attention transfer": attention_transfer,
+    "full": lambda model, **settings: logit_distillation(model, train="full", **settings),
+    "lora": lambda model, **settings: logit_distillation(model, train="lora", **settings),
+    "kernels": lambda model, **settings: logit_distillation(model, train="kernels", **settings),
+}
+every_stage = pytest.mark.parametrize("name", STAGES)
+
+
+def make_stage(name, **settings):
+    torch.manual_seed(1)
+    return STAGES[name](student(), **settings)
+
+
+def states(stage):
+    return {
+        f"{name}/{key}": torch.as_tensor(value).clone()
+        for name, parameter in stage.trained().items()
+        for key, value in stage.optimizer.state[parameter].items()
+    }
+
+
+@every_stage
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_accumulation_is_one_batch(name, micro_batch_size):
+    expected, actual = make_stage(name), make_stage(name, micro_batch_size=micro_batch_size)
+    summaries = train(expected), train(actual)
+    assert summaries[1]["first_loss"] == pytest.approx(summaries[0]["first_loss"], rel=1e-6)
+    before = parameters(make_stage(name).model)
+    trained = expected.trained()
+    assert any(not torch.equal(before[key], parameter) for key, parameter in trained.items())
+    for key, parameter in actual.trained().items():
+        assert (parameter - trained[key]).abs().max() <= 1e-6, key
+
+
+def test_learning_rate_factor():
+    factors = [learning_rate_factor(step, 100, 10, 0.05) for step in range(100)]
+    cosine = [0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / 100)) for step in range(100)]
+    assert factors[:10] == pytest.approx([cosine[step] * (step + 1) / 10 for step in range(10)])
+    assert factors[10:] == pytest.approx(cosine[10:])
+    assert factors[0] == pytest.approx(0.1) and max(factors) < 1
+    assert 0.05 < factors[-1] < 0.051 and learning_rate_factor(100, 100, 10, 0.05) == pytest.approx(0.05)
+    assert learning_rate_factor(0, 5, 0, 0.0) == 1 and learning_rate_factor(5, 5, 0, 0.0) == pytest.approx(0)
+    assert learning_rate_factor(0, 1, 1, 1.0) == 1
+
+
+def test_learning_rates_follow_the_factor(tmp_path):
+    stage = make_stage("full", learning_rate=1e-4, kernel_learning_rate=2e-3)
+    rates = []
+    train(
+        stage,
+        log_file=tmp_path / "log.jsonl",
+        update=lambda *a, **k: rates.append([g["lr"] for g in stage.optimizer.param_groups]),
+    )
+    for step, (kernels, weights) in enumerate(rates):
+        factor = learning_rate_factor(step, 6, 2, 0.05)
+        assert (kernels, weights) == pytest.approx((2e-3 * factor, 1e-4 * factor))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["learning_rate_factor"] for line in lines] == [learning_rate_factor(s, 6, 2, 0.05) for s in range(6)]
+    assert {"loss", "kl", "gradient_norm", "tokens_per_s"} <= lines[0].keys()
+
+
+@every_stage
+def test_summary_and_log_are_losses_per_token(name, tmp_path):
+    stage = make_stage(name)
+    with stage.active():
+        losses = stage.backward(sequences(4))
+    summary = train(make_stage(name), log_file=tmp_path / "log.jsonl")
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert summary["first_loss"] == first["loss"] == pytest.approx(float(losses.total / losses.count), rel=1e-5)
+    assert (summary["steps"], summary["tokens"], summary["name"]) == (6, 6 * 4 * 24, stage.name)
+    for part, value in losses.parts.items():
+        assert first[part] == pytest.approx(float(value / losses.count), rel=1e-4)
+
+
+def test_gradients_are_clipped_per_group():
+    stage = make_stage("attention transfer", clip_norm=1e-3)
+    seen, step = [], stage.optimizer.step
+
+    def recording():
+        for group in stage.clip_groups:
+            seen.append(float(torch.stack([p.grad.norm() for p in group]).norm()))
+        return step()
+
+    stage.optimizer.step = recording
+    train(stage, steps=1)
+    assert len(seen) == 2 and all(norm == pytest.approx(1e-3, rel=1e-3) for norm in seen)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@every_stage
+@pytest.mark.parametrize("stop", [4, 5])
+def test_resume_is_bit_identical(name, stop, tmp_path):
+    whole = make_stage(name)
+    train(whole, log_file=tmp_path / "whole.jsonl")
+
+    checkpoints, log_file = Checkpoints(tmp_path / "run", keep=2), tmp_path / "resumed.jsonl"
+
+    def stop_at(step, **figures):
+        if step == stop:
+            raise Interrupted
+
+    options = dict(checkpoints=checkpoints, checkpoint_number=1, checkpoint_every=3, log_file=log_file)
+    with pytest.raises(Interrupted):
+        train(make_stage(name), update=stop_at, **options)
+    checkpoint = checkpoints.latest()
+    assert (checkpoint.step, checkpoint.folder.name) == (3, "1-00000003")
+
+    torch.manual_seed(99)
+    model = student()
+    with torch.no_grad():
+        for feature_map in feature_maps(model).values():
+            for parameter in feature_map.parameters():
+                parameter.zero_()
+    stage = STAGES[name](model)
+    assert checkpoint.stage == stage.name
+    checkpoint.load(stage)
+    train(stage, start_step=checkpoint.step, **options)
+    assert_equal(parameters(stage.model), parameters(whole.model))
+    assert_equal(states(stage), states(whole))
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in file.read_text().splitlines()]
+        for file in (tmp_path / "whole.jsonl", log_file)
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    for keep, expected in ((1, [6]), (2, [5, 6]), (9, [1, 2, 3, 4, 5, 6])):
+        folder = tmp_path / str(keep)
+        train(make_stage("kernels"), checkpoints=Checkpoints(folder, keep), checkpoint_number=1, checkpoint_every=1)
+        assert sorted(file.name for file in folder.iterdir()) == [f"1-{step:08d}" for step in expected]
+        assert Checkpoints(folder, keep).latest().step == 6
+    files = sorted(file.name for file in (tmp_path / "1" / "1-00000006").iterdir())
+    assert files == ["counters.json", "optimizer.safetensors", "parameters.safetensors"]
+
+
+def test_the_last_step_is_kept_and_later_stages_are_newer(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=5)
+    assert checkpoints.latest() is None
+    train(make_stage("attention transfer"), checkpoints=checkpoints, checkpoint_every=100)
+    assert checkpoints.latest().step == 6
+    stage = make_stage("kernels")
+    train(stage, steps=1, checkpoints=checkpoints, checkpoint_number=1, checkpoint_every=100)
+    assert (checkpoints.latest().stage, checkpoints.latest().step) == ("logit_distillation", 1)
+    model = student()
+    checkpoints.latest().load_parameters(model)
+    assert_equal(parameters(model), parameters(stage.model))
+
+
+def test_only_one_process_writes(tmp_path):
+    train(make_stage("kernels"), checkpoints=Checkpoints(tmp_path, 2, writes=False), checkpoint_every=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["first file", "second file", "rename"])
+def test_a_checkpoint_that_cannot_be_written_is_not_there(when, tmp_path, monkeypatch):
+    checkpoints, calls = Checkpoints(tmp_path, keep=2), []
+    stage = make_stage("kernels")
+    train(stage, steps=1, checkpoints=checkpoints, checkpoint_every=1)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "0-00000001").iterdir()}
+
+    def full(*args):
+        calls.append(args)
+        if when == "second file" and len(calls) == 1:
+            return Path(args[1]).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = (os, "replace") if when == "rename" else (checkpoints_module, "save_file")
+    monkeypatch.setattr(*target, full)
+    message = "Checkpoint 0-00000002 could not be written .*No space left on device.*make room .*--resume"
+    with pytest.raises(FlexdistillError, match=message):
+        checkpoints.save(stage, 0, 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["0-00000001"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "0-00000001").iterdir()} == before
+    assert checkpoints.latest().step == 1
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from flexdistill.distill.checkpoints import Checkpoints
+from flexdistill.errors import FlexdistillError
+from tests.distill.test_loop import make_stage
+stage = make_stage("full")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    Checkpoints(Path(sys.argv[1]), 2).save(stage, 0, 1)
+except FlexdistillError as error:
+    print(error)
+"""
+
+
+def test_a_real_write_error_is_explained(tmp_path):
+    """safetensors has an error type of its own for files that cannot be written."""
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Checkpoint 0-00000001 could not be written"), run.stdout
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_torn_checkpoint_is_not_taken(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    stage = make_stage("kernels")
+    train(stage, steps=1, checkpoints=checkpoints, checkpoint_every=1)
+    (tmp_path / "writing-0-00000009").mkdir()
+    (tmp_path / "writing-0-00000009" / "parameters.safetensors").write_bytes(b"half")
+    assert checkpoints.latest().step == 1
+    checkpoints.save(stage, 0, 9)
+    assert checkpoints.latest().step == 9
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    train(make_stage("kernels"), steps=1, checkpoints=checkpoints, checkpoint_every=1)
+    other = student(layers="0")
+    with pytest.raises(FlexdistillError, match="0-00000001 holds parameters that the model lacks .*--overwrite"):
+        checkpoints.latest().load(logit_distillation(other, train="kernels"))
+    with pytest.raises(FlexdistillError, match="layers.1.self_attn.flexformer"):
+        checkpoints.latest().load_parameters(other)
+
+
+@every_stage
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kept", [True, False], ids=["checkpoint", "none"])
+def test_a_loss_that_is_not_finite_names_its_place(name, layer, kept, tmp_path):
+    stage = make_stage(name)
+
+    def poison(step, **figures):
+        if step == 3:
+            with torch.no_grad():
+                next(feature_maps(stage.model)[f"model.layers.{layer}.self_attn"].parameters()).fill_(torch.nan)
+
+    checkpoints = Checkpoints(tmp_path, 2) if kept else None
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(stage, update=poison, checkpoints=checkpoints, checkpoint_every=2)
+    message = str(caught.value)
+    assert f"{stage.name} stopped at step 4: the loss is nan" in message
+    assert re.search(rf"is in \S*layers\.{layer}\.self_attn", message), message
+    assert f"checkpoint is {tmp_path / '0-00000002'};" in message if kept else "no earlier checkpoint" in message
+    assert "\n" not in message
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step():
+    stage = make_stage("full")
+    original, count = stage.backward, []
+
+    def backward(batch):
+        losses = original(batch)
+        count.append(1)
+        if len(count) == 3:
+            next(iter(stage.trained().values())).grad.fill_(torch.inf)
+        return losses
+
+    stage.backward, before = backward, {}
+    with pytest.raises(NonFiniteLossError, match="stopped at step 3: .* the gradients; every layer's output is finite"):
+        train(stage, update=lambda *args, **figures: before.update(parameters(stage.model)))
+    assert_equal(parameters(stage.model), before)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Batches that divide evenly, unevenly, and leave one process without a sequence."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.distill.two_processes", str(tmp_path / "result"), "4", "3", "1"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    first, second = (load_file(tmp_path / f"result-{index}") for index in range(2))
+    assert_equal(first, second)
+    initial = parameters(student())
+    for batch_size in (4, 3, 1):
+        for name, expected in final_parameters(batch_size, None).items():
+            actual = first[f"{batch_size}/{name}"]
+            assert (actual - expected).norm() <= 1e-5 * expected.norm().clamp_min(1), (batch_size, name)
+            if "flexformer" in name:
+                assert not torch.equal(actual, initial[name]), name
