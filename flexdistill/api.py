@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .convert import Plan, make_plan
-from .evaluate import evaluate_checkpoint
+from .conversion import Plan, make_plan
+from .evaluation import evaluate_checkpoint
 from .pipeline import convert as run_conversion
 from .recipe import EvaluationRecipe, Recipe
 from .sources import load_model, resolve_model

@@ -164,7 +164,7 @@ def evaluate(
         "evaluation.batch_size": batch_size,
     }
     evaluation = Recipe().override(settings).evaluation
-    from .evaluate import evaluate_checkpoint
+    from .evaluation import evaluate_checkpoint
 
     _show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
 
@@ -282,7 +282,7 @@ def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) ->
     import torch
     from transformers import set_seed
 
-    from .evaluate import load_converted
+    from .evaluation import load_converted
     from .runtime.cache import cache_num_bytes
     from .sources import load_tokenizer, resolve_model
 
@@ -310,7 +310,7 @@ def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) ->
 
 
 def _show_plan(recipe: Any, as_json: bool) -> None:
-    from .convert import make_plan, resolve_kernel
+    from .conversion import make_plan, resolve_kernel
     from .sources import load_model, resolve_model
 
     kernel = resolve_kernel(recipe.kernel)  # a misspelt variant is told before a large model is read

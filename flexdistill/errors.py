@@ -1,5 +1,16 @@
 """Errors that a user can act on: each message names the cause and the remedy."""
 
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+
 
 class FlexdistillError(Exception):
     """Bad input or a run that cannot go on; the command line prints it in one line and exits with code 2."""
@@ -7,3 +18,18 @@ class FlexdistillError(Exception):
 
 class NonFiniteLossError(FlexdistillError):
     """A loss or gradient became NaN or infinite; nothing after the named step was kept."""
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full or read-only disk while writing below `path` becomes a FlexdistillError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
+        if isinstance(error, OSError) and error.errno not in _DISK:
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise FlexdistillError(
+            f"{path} could not be written ({reason}); make room or choose another --output, then go on with "
+            "--resume if checkpoints were written."
+        ) from error

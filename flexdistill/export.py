@@ -55,11 +55,6 @@ def export(
         for log in logs:
             shutil.copyfile(log, aside / log.name)
         _put_in_place(aside, output)
-    except OSError as error:
-        raise FlexdistillError(
-            f"The result could not be written to {output} ({error.strerror or error}); make room or choose another "
-            "--output, then go on with --resume."
-        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

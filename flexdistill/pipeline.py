@@ -17,14 +17,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from .convert import apply_plan, check_sequence_length, make_plan, resolve_kernel
+from .conversion import apply_plan, check_sequence_length, make_plan, resolve_kernel
 from .data import pack, read_documents, split_held_out, train_order
 from .distill.attention_transfer import AttentionTransfer
 from .distill.checkpoints import Checkpoint, Checkpoints
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
-from .errors import FlexdistillError
-from .evaluate import compare_models
+from .errors import FlexdistillError, disk_errors
+from .evaluation import compare_models
 from .export import check_output, export
 from .progress import stage_progress
 from .recipe import Recipe, StageRecipe
@@ -45,13 +45,17 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
         FlexdistillError: if anything about the input does not fit; then nothing on disk has changed.
         NonFiniteLossError: if training diverges.
     """
-    started = time.perf_counter()
     output = Path(output)
     check_output(output, overwrite=overwrite, resume=resume)
+    with disk_errors(output):
+        return _convert(recipe, output, resume)
+
+
+def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
+    started = time.perf_counter()
     if recipe.model is None:
         raise FlexdistillError("The recipe names no model; set model, or name one on the command line.")
     recipe = recipe.model_copy(update={"kernel": resolve_kernel(recipe.kernel)})
-    stage_recipes: dict[str, StageRecipe] = {name: getattr(recipe, name) for name in STAGES}
     accelerator = make_accelerator(recipe.precision)
     set_seed(recipe.seed)
 
@@ -64,46 +68,8 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
 
     work = output.with_name(output.name + ".partial")
     checkpoint = _prepare_work(work, recipe, resume, accelerator)
-    checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
     student = apply_plan(model, plan).to(accelerator.device)
-    summaries, logs = [], []
-    steps = sum(stage.steps for stage in stage_recipes.values())
-    order = _orders(stage_recipes, len(sequences), recipe.seed) if steps else {}
-    for number, (name, stage_recipe) in enumerate(stage_recipes.items()):
-        if not stage_recipe.steps:
-            continue
-        log = work / f"{name}.jsonl"
-        logs.append(log)
-        summary = work / f"{name}.json"
-        if checkpoint and number < list(STAGES).index(checkpoint.stage):
-            summaries.append(json.loads(summary.read_text()))
-            continue
-        if checkpoint and checkpoint.stage != name:
-            checkpoint.load_parameters(student)
-        stage = STAGES[name](student, stage_recipe, accelerator)
-        start_step = 0
-        if checkpoint and checkpoint.stage == name:
-            checkpoint.load(stage)
-            start_step = checkpoint.step
-        with stage_progress(name, stage_recipe.steps, start_step, enabled=accelerator.is_main_process) as update:
-            result = run_stage(
-                stage,
-                stage_recipe,
-                sequences,
-                order[name],
-                accelerator,
-                start_step=start_step,
-                checkpoints=checkpoints,
-                checkpoint_number=number,
-                checkpoint_every=recipe.checkpoint.every_steps,
-                log_file=log,
-                update=update,
-            )
-        stage.finish()
-        summaries.append(result)
-        if accelerator.is_main_process:
-            summary.write_text(json.dumps(result))
-        checkpoint = None
+    stages = _run_stages(recipe, student, sequences, accelerator, work, checkpoint)
 
     teacher = student
     if recipe.logit_distillation.steps and recipe.logit_distillation.train != "kernels":
@@ -111,18 +77,70 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
     metrics = {"model": source.name, "kernel": recipe.kernel.model_dump(), "plan": _plan_totals(plan)}
     metrics |= compare_models(teacher, student, evaluation, recipe.evaluation.batch_size, accelerator)
     metrics |= {
-        "stages": summaries,
-        "tokens": sum(summary["tokens"] for summary in summaries),
+        "stages": stages,
+        "tokens": sum(stage["tokens"] for stage in stages),
         "elapsed_s": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
         "num_processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
     }
     if accelerator.is_main_process:
+        logs = sorted(work.glob("*.jsonl"))
         export(student, tokenizer, output, source=source, recipe=recipe, metrics=metrics, logs=logs)
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return metrics
+
+
+def _run_stages(
+    recipe: Recipe,
+    student: PreTrainedModel,
+    sequences: torch.Tensor,
+    accelerator: Accelerator,
+    work: Path,
+    checkpoint: Checkpoint | None,
+) -> list[dict]:
+    """Trains `student` through every stage, from the checkpoint on if there is one; returns the stages' summaries."""
+    recipes: dict[str, StageRecipe] = {name: getattr(recipe, name) for name in STAGES}
+    recipes = {name: stage for name, stage in recipes.items() if stage.steps}
+    order = _orders(recipes, len(sequences), recipe.seed)
+    checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
+    reached = list(STAGES).index(checkpoint.stage) if checkpoint else -1
+    summaries = []
+    for number, name in enumerate(STAGES):
+        if name not in recipes:
+            continue
+        summary = work / f"{name}.json"
+        if number < reached and summary.is_file():
+            summaries.append(json.loads(summary.read_text()))
+            continue
+        if checkpoint and number > reached:
+            checkpoint.load_parameters(student)
+        stage = STAGES[name](student, recipes[name], accelerator)
+        start_step = 0
+        if number == reached:
+            checkpoint.load(stage)
+            start_step = checkpoint.step
+        with stage_progress(name, recipes[name].steps, start_step, enabled=accelerator.is_main_process) as update:
+            result = run_stage(
+                stage,
+                recipes[name],
+                sequences,
+                order[name],
+                accelerator,
+                start_step=start_step,
+                checkpoints=checkpoints,
+                checkpoint_number=number,
+                checkpoint_every=recipe.checkpoint.every_steps,
+                log_file=work / f"{name}.jsonl",
+                update=update,
+            )
+        stage.finish()
+        summaries.append(result)
+        if accelerator.is_main_process:
+            summary.write_text(json.dumps(result))
+        checkpoint = None
+    return summaries
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -152,7 +170,7 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[t
             "evaluation.sequence_length differs from data.sequence_length, but held-out sequences are cut like the "
             "training data; set evaluation.source, or remove evaluation.sequence_length."
         )
-    sequences = pack(read_documents(data), tokenizer, data.sequence_length, needed + evaluation.sequences)
+    sequences = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + evaluation.sequences)
     return split_held_out(sequences, evaluation.sequences)
 
 
@@ -174,14 +192,9 @@ def _prepare_work(work: Path, recipe: Recipe, resume: bool, accelerator: Acceler
         checkpoint = Checkpoints(work, recipe.checkpoint.keep).latest()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
-        try:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            settings.write_text(recipe.to_yaml())
-        except OSError as error:
-            raise FlexdistillError(
-                f"The working folder {work} cannot be written ({error.strerror}); choose another --output."
-            ) from error
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        settings.write_text(recipe.to_yaml())
     accelerator.wait_for_everyone()
     return checkpoint
 
@@ -205,12 +218,9 @@ def _flat(settings: dict, prefix: str = "") -> dict:
 
 def _orders(stages: dict[str, StageRecipe], num_sequences: int, seed: int) -> dict[str, torch.Tensor]:
     """Which rows each stage's steps train on: one order cut in two, so stages share an epoch before any row repeats."""
-    order = train_order(num_sequences, 1, sum(stage.steps * stage.batch_size for stage in stages.values()), seed)[0]
-    parts = order.split([stage.steps * stage.batch_size for stage in stages.values()])
-    return {
-        name: part.view(stage.steps, stage.batch_size)
-        for (name, stage), part in zip(stages.items(), parts, strict=True)
-    }
+    sizes = [stage.steps * stage.batch_size for stage in stages.values()]
+    parts = train_order(num_sequences, 1, sum(sizes), seed)[0].split(sizes) if stages else ()
+    return {name: part.view(-1, stages[name].batch_size) for name, part in zip(stages, parts, strict=True)}
 
 
 def _plan_totals(plan) -> dict:

@@ -1,4 +1,4 @@
-"""The one typed configuration of a conversion: read from YAML, overridden by the command line, kept with the weights."""
+"""The one typed configuration of a conversion: from YAML, overridden on the command line, kept with the weights."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .convert import ModulePlan, Plan
+    from .conversion import ModulePlan, Plan
 
 _NUMBER = re.compile(r"\d+")
 _PIPE_WIDTH = 160
@@ -71,7 +71,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_metrics(metrics: dict[str, Any], title: str) -> None:
-    """Prints what `pipeline.convert` or `evaluate.evaluate_checkpoint` measured."""
+    """Prints what `pipeline.convert` or `evaluation.evaluate_checkpoint` measured."""
     rows = [[row["name"], row["perplexity"], row["kl"], row["top1_agreement"]] for row in metrics["rows"]]
     print_table(["model", "perplexity", "KL to teacher", "top-1 agreement"], rows, title=title)
     stages = [

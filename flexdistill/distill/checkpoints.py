@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import FlexdistillError
+from ..errors import FlexdistillError, disk_errors
 from .stage import Stage
 
 
@@ -70,8 +72,7 @@ class Checkpoints:
             return
         target = self.folder / f"{number}-{step:08d}"
         aside = self.folder / f"writing-{target.name}"
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
+        with disk_errors(target), _removed_on_failure(aside):
             aside.mkdir(parents=True)
             parameters = {name: p.detach().cpu().contiguous() for name, p in stage.trained().items()}
             save_file(parameters, aside / "parameters.safetensors")
@@ -81,12 +82,6 @@ class Checkpoints:
                 _sync(file)
             os.replace(aside, target)
             _sync(self.folder)
-        except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise FlexdistillError(
-                f"Checkpoint {target.name} could not be written to {self.folder} ({error.strerror}); "
-                "make room or choose another --output, then go on with --resume."
-            ) from error
         for old in self._folders()[: -self.keep]:
             shutil.rmtree(old)
 
@@ -108,6 +103,16 @@ def _optimizer_tensors(stage: Stage) -> dict[str, torch.Tensor]:
         for key, value in stage.optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return tensors
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _sync(path: Path) -> None:

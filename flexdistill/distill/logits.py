@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention_modes import softmax_mode
+from ..errors import FlexdistillError
 from ..losses import kl_divergence, label_loss
 from ..recipe import LogitDistillationRecipe, LoraRecipe
 from .heads import SplitModel, backward_in_pieces
-from .stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
+from .stage import StepLosses, feature_maps, first_non_finite_module, kernel_parameters, trainable
 
-# logits of this many positions of teacher and student are held at once
-PIECE = 1024
+# logits held at once, of teacher and student each
+LOGITS_PER_PIECE = 2**25
 
 
 class LogitDistillation:
@@ -35,6 +36,11 @@ class LogitDistillation:
 
     def __init__(self, model: PreTrainedModel, recipe: LogitDistillationRecipe, accelerator: Accelerator):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
+        if recipe.label_weight and not all(feature_map.spec.causal for feature_map in feature_maps(model).values()):
+            raise FlexdistillError(
+                f"{type(model).__name__} does not predict the next token, so there are no labels to learn; "
+                "set logit_distillation.label_weight to 0."
+            )
         self._student = SplitModel(model)
         self._own_teacher = copy.deepcopy(model).requires_grad_(False) if recipe.train == "full" else None
         self._teacher = SplitModel(self._own_teacher) if self._own_teacher is not None else self._student
@@ -84,7 +90,7 @@ class LogitDistillation:
                 parts["label_loss"] = parts.get("label_loss", 0.0) + label.detach()
                 return (1 - recipe.label_weight) * kl + recipe.label_weight * label
 
-            total = backward_in_pieces(hidden, PIECE, loss)
+            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss)
         return StepLosses(total, mask.sum(), parts)
 
     def blame(self, sequences: torch.Tensor) -> str:
@@ -103,6 +109,11 @@ class LogitDistillation:
             return
         with softmax_mode(self.model), adapters_disabled(self.model):
             yield
+
+
+def positions_per_piece(model: PreTrainedModel) -> int:
+    """Positions whose logits over the model's vocabulary are held at once."""
+    return max(1, LOGITS_PER_PIECE // model.get_output_embeddings().weight.shape[0])
 
 
 def next_tokens(sequences: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -48,7 +49,7 @@ def run_stage(
         update: called with (step, loss=, tokens_per_s=) after each step.
 
     Returns:
-        the stage's summary: name, steps, tokens, elapsed_s, first_loss and last_loss.
+        the stage's summary: name, steps, tokens, elapsed_s, first_loss and last_loss; with a log, of all its calls.
 
     Raises:
         NonFiniteLossError: at the first loss or gradient that is NaN or infinite.
@@ -57,9 +58,10 @@ def run_stage(
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
     parameters = list(stage.trained().values())
-    losses: list[float] = []
+    log = []
     if log_file is not None and accelerator.is_main_process:
-        _forget_after(log_file, start_step)
+        log = _forget_after(log_file, start_step)
+    losses, elapsed_before = [entry["loss"] for entry in log], log[-1]["elapsed_s"] if log else 0.0
     started = time.perf_counter()
     with stage.active():
         for step in range(start_step, recipe.steps):
@@ -85,8 +87,9 @@ def run_stage(
             if log_file is not None and accelerator.is_main_process:
                 parts = {name: float(part / step_losses.count) for name, part in step_losses.parts.items()}
                 entry = {"step": done, "loss": loss, **parts, "gradient_norm": norm, "learning_rate_factor": factor}
-                with log_file.open("a") as log:
-                    log.write(json.dumps(entry | {"tokens_per_s": round(tokens_per_s, 1)}) + "\n")
+                entry |= {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(elapsed_before + elapsed, 3)}
+                with log_file.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
             update(done, loss=loss, tokens_per_s=tokens_per_s)
             if checkpoints is not None and (done == recipe.steps or done % checkpoint_every == 0):
                 checkpoints.save(stage, checkpoint_number, done)
@@ -94,16 +97,21 @@ def run_stage(
         "name": stage.name,
         "steps": recipe.steps,
         "tokens": recipe.steps * order.shape[1] * sequences.shape[1],
-        "elapsed_s": time.perf_counter() - started,
+        "elapsed_s": elapsed_before + time.perf_counter() - started,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
     }
 
 
-def _forget_after(log_file: Path, step: int) -> None:
-    """Drops log lines of steps that will be run again."""
-    lines = log_file.read_text().splitlines() if log_file.exists() else []
-    log_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+def _forget_after(log_file: Path, step: int) -> list[dict]:
+    """Drops log lines of steps that will be run again, and one that was cut off; returns those that stay."""
+    entries = []
+    for line in log_file.read_text().splitlines() if log_file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    kept = [entry for entry in entries if entry["step"] <= step]
+    log_file.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    return kept
 
 
 def _sum(losses: list[StepLosses]) -> StepLosses | None:

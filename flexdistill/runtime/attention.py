@@ -197,16 +197,18 @@ def _normalise(
     for counter in _guard_counters:
         counter.guarded = counter.guarded + (far.denominator < least).sum()
         counter.rows += far.denominator.numel()
-    numerator, denominator = far.numerator, torch.maximum(far.denominator, least)
+    denominator = torch.maximum(far.denominator, least)
+    far_weight = near_weight = torch.ones_like(denominator)
     if near is not None:
         # logarithm of the kernel part's weight against the window's; the larger of the two is scaled to 1
         mix = _GATE_UNIT * feature_map.window_gate.float()[:, None].expand(denominator.shape)
         if feature_map.calibrated:
             mix = mix + log_scale + (far.maximum - near.maximum.masked_fill(near.maximum == -torch.inf, 0.0))
         far_weight, near_weight = (mix - mix.clamp_min(0)).exp(), (-mix.clamp_min(0)).exp()
-        numerator = near_weight[..., None] * near.numerator + far_weight[..., None] * numerator
         denominator = near_weight * near.denominator + far_weight * denominator
-    return numerator / denominator.masked_fill(denominator == 0, 1.0)[..., None]
+    denominator = denominator.masked_fill(denominator == 0, 1.0)
+    output = (far_weight / denominator)[..., None] * far.numerator
+    return output if near is None else output + (near_weight / denominator)[..., None] * near.numerator
 
 
 def _per_state_head(value: torch.Tensor, spec: KernelSpec) -> torch.Tensor:

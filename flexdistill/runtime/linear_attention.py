@@ -76,7 +76,7 @@ def quadratic_scores(features: Features, allowed: torch.Tensor) -> tuple[torch.T
     maximum = log_weight.detach().amax(-1)
     weight = (log_weight - _finite(maximum)[..., None]).exp()
     scores = features.query @ key.transpose(-1, -2) * weight
-    bound = features.query.norm(dim=-1) * (weight * key.norm(dim=-1)[:, :, None]).sum(-1)
+    bound = features.query.norm(dim=-1) * (weight @ key.norm(dim=-1)[..., None]).squeeze(-1)
     return scores, bound, maximum
 
 

@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from flexdistill.convert import apply_plan, make_plan
+from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.distill.attention_transfer import AttentionTransfer
 from flexdistill.distill.logits import LogitDistillation
 from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, LogitDistillationRecipe

@@ -152,7 +152,7 @@ def test_resume_is_bit_identical(name, stop, tmp_path):
     assert_equal(parameters(stage.model), parameters(whole.model))
     assert_equal(states(stage), states(whole))
     logs = [
-        [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in file.read_text().splitlines()]
+        [json.loads(line) | {"tokens_per_s": None, "elapsed_s": None} for line in file.read_text().splitlines()]
         for file in (tmp_path / "whole.jsonl", log_file)
     ]
     assert logs[0] == logs[1] and len(logs[0]) == 6
@@ -201,7 +201,7 @@ def test_a_checkpoint_that_cannot_be_written_is_not_there(when, tmp_path, monkey
 
     target = (os, "replace") if when == "rename" else (checkpoints_module, "save_file")
     monkeypatch.setattr(*target, full)
-    message = "Checkpoint 0-00000002 could not be written .*No space left on device.*make room .*--resume"
+    message = "0-00000002 could not be written .*No space left on device.*make room .*--resume"
     with pytest.raises(FlexdistillError, match=message):
         checkpoints.save(stage, 0, 2)
     assert [file.name for file in tmp_path.iterdir()] == ["0-00000001"]
@@ -232,7 +232,7 @@ def test_a_real_write_error_is_explained(tmp_path):
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")], cwd=root, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("Checkpoint 0-00000001 could not be written"), run.stdout
+    assert "0-00000001 could not be written" in run.stdout and run.stdout.count("\n") == 1, run.stdout
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -24,6 +24,7 @@ from tests.distill.stages import (
     teacher,
     train,
 )
+from tests.tiny import VOCABULARY
 
 every_model = pytest.mark.parametrize("name", MAKERS)
 every_mode = pytest.mark.parametrize("mode", ["full", "lora", "kernels"])
@@ -125,6 +126,7 @@ def test_attention_flows_as_softmax():
     assert seen[0.0][0] != seen[1.0][0] and torch.equal(seen[0.0][1], seen[1.0][1])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_only_one_layers_maps_are_alive(monkeypatch):
     model, length = student("gpt2"), 37
     stage = attention_transfer(model)
@@ -257,7 +259,7 @@ def test_adapters_leave_kernels_alone():
 def test_pieces_do_not_change_the_loss(mode, piece, label_weight, monkeypatch):
     results = []
     for size in (10**6, piece):
-        monkeypatch.setattr(logits_module, "PIECE", size)
+        monkeypatch.setattr(logits_module, "LOGITS_PER_PIECE", size * VOCABULARY)
         torch.manual_seed(0)
         stage = logit_distillation(student("gpt2"), train=mode, label_weight=label_weight)
         with stage.active():

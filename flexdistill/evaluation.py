@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
 
 from .attention_modes import (
     AttentionCall,
@@ -17,16 +18,18 @@ from .attention_modes import (
     record_attention,
     softmax_mode,
 )
-from .convert import check_sequence_length
+from .conversion import check_sequence_length
 from .data import pack, read_documents
 from .distill.attention_transfer import softmax_weights
 from .distill.heads import SplitModel
-from .distill.logits import PIECE, next_tokens
+from .distill.logits import next_tokens, positions_per_piece
 from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement
 from .recipe import EvaluationRecipe
+from .runtime import modeling_flexformer
 from .runtime.attention import attention_weights, count_guards
+from .runtime.configuration_flexformer import FlexformerConfigMixin
 from .sources import load_model, load_tokenizer, progress_bars_on_terminals_only, resolve_model
 
 # attention maps are compared on this many sequences: a map is quadratic in their length
@@ -150,19 +153,18 @@ def load_converted(directory: str | Path) -> PreTrainedModel:
     Raises:
         FlexdistillError: if there is no converted checkpoint.
     """
-    error = FlexdistillError(
-        f"{directory} is not a converted checkpoint; give the folder that `flexdistill convert` wrote."
-    )
-    for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
-        try:
-            with progress_bars_on_terminals_only():
-                model = auto.from_pretrained(directory)
-        except (OSError, ValueError) as cause:
-            error.__cause__ = cause
-            continue
-        if feature_maps(model):
-            return model
-    raise error
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if not isinstance(config, FlexformerConfigMixin):
+            raise ValueError(f"its model type is {config.model_type!r}")
+        architecture = getattr(modeling_flexformer, config.architectures[0])
+        with progress_bars_on_terminals_only():
+            return architecture.from_pretrained(directory, config=config)
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise FlexdistillError(
+            f"{directory} is not a converted checkpoint ({str(error).splitlines()[0]}); give the folder that "
+            "`flexdistill convert` wrote."
+        ) from error
 
 
 def _ablation(student: PreTrainedModel, function):
@@ -181,8 +183,9 @@ def _token_sums(split, hidden, reference, teacher_hidden, batch) -> torch.Tensor
     labels = next_tokens(batch).flatten()
     mask = torch.ones_like(labels, dtype=torch.bool)
     sums = torch.zeros(5, dtype=torch.float64, device=batch.device)
-    for start in range(0, len(hidden), PIECE):
-        part = slice(start, start + PIECE)
+    piece = positions_per_piece(split.model)
+    for start in range(0, len(hidden), piece):
+        part = slice(start, start + piece)
         logits, expected = split.logits(hidden[part]), reference.logits(teacher_hidden[part])
         loss, count = label_loss(logits, labels[part])
         kl, positions = kl_divergence(logits, expected, mask[part])

@@ -126,11 +126,11 @@ def select_layers(expression: str, count: int) -> list[int]:
         if expression == "all":
             return list(range(count))
         if expression.startswith("every:"):
-            return list(range(0, count, int(expression.removeprefix("every:"))))
+            return list(range(0, count, _natural(expression.removeprefix("every:"), least=1)))
         chosen = set()
         for part in expression.split(","):
-            first, _, last = part.partition("-")
-            chosen.update(range(int(first), int(last or first) + 1))
+            first, dash, last = part.partition("-")
+            chosen.update(range(_natural(first), _natural(last if dash else first) + 1))
     except ValueError as error:
         raise FlexdistillError(
             f"Layers {expression!r} cannot be read; write all, indices such as 0-5,9 or every:4."
@@ -138,6 +138,13 @@ def select_layers(expression: str, count: int) -> list[int]:
     if not chosen or max(chosen) >= count:
         raise FlexdistillError(f"Layers {expression!r} are not all there; the model has layers 0 to {count - 1}.")
     return sorted(chosen)
+
+
+def _natural(text: str, least: int = 0) -> int:
+    number = int(text)
+    if number < least:
+        raise ValueError(text)
+    return number
 
 
 def check_sequence_length(model: PreTrainedModel, length: int) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from flexdistill.attention_modes import AttentionCall, attention_function
-from flexdistill.convert import apply_plan, check_sequence_length, make_plan, resolve_kernel, select_layers
+from flexdistill.conversion import apply_plan, check_sequence_length, make_plan, resolve_kernel, select_layers
 from flexdistill.errors import FlexdistillError
 from flexdistill.recipe import KernelRecipe
 from flexdistill.runtime.cache import cache_num_bytes

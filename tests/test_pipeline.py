@@ -1,0 +1,447 @@
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+import flexdistill.runtime
+from flexdistill import export as export_module
+from flexdistill import pipeline
+from flexdistill.conversion import make_plan
+from flexdistill.distill import loop
+from flexdistill.distill.stage import feature_maps, kernel_parameters
+from flexdistill.errors import FlexdistillError, NonFiniteLossError
+from flexdistill.evaluation import evaluate_checkpoint, load_converted
+from flexdistill.pipeline import convert
+from flexdistill.recipe import EvaluationRecipe, KernelRecipe, Recipe
+from tests.distill.stages import teacher
+from tests.tiny import save_tiny
+
+MAKERS = {"llama": lambda: teacher("llama"), "bert": lambda: teacher("bert")}
+AUTO = {"llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM}
+every_model = pytest.mark.parametrize("name", MAKERS)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("sources")
+    for name, maker in MAKERS.items():
+        save_tiny(folder / name, maker(), tiny_tokenizer)
+    sentences = (f"Line {n}: the {n % 7} of {n * n % 101} went to {n % 13} with {n % 5} more.\n" for n in range(900))
+    (folder / "text.txt").write_text("".join(sentences))
+    return folder
+
+
+def make_recipe(sources, name="llama", **settings):
+    base = {
+        "model": str(sources / name),
+        "data.source": str(sources / "text.txt"),
+        "data.sequence_length": 32,
+        "evaluation.sequences": 4,
+        "evaluation.batch_size": 3,
+        "attention_transfer.steps": 4,
+        "attention_transfer.batch_size": 2,
+        "attention_transfer.warmup_steps": 1,
+        "logit_distillation.steps": 4,
+        "logit_distillation.batch_size": 2,
+        "logit_distillation.warmup_steps": 1,
+        "checkpoint.every_steps": 2,
+    }
+    return Recipe().override(base | settings)
+
+
+def listing(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(actual, expected):
+    actual, expected = weights(actual), weights(expected)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.fixture(scope="module")
+def results(sources, tmp_path_factory):
+    """Each model converted once: name -> (folder, metrics)."""
+    folder = tmp_path_factory.mktemp("results")
+    return {name: (folder / name, convert(make_recipe(sources, name), folder / name)) for name in MAKERS}
+
+
+@every_model
+def test_files(results, name):
+    folder, _ = results[name]
+    names = {path.name for path in folder.iterdir()}
+    runtime = {path.name for path in Path(flexdistill.runtime.__file__).parent.glob("*.py")} - {"__init__.py"}
+    assert runtime - {path for path in runtime if path.startswith("triton_")} <= names
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "metrics.json"}
+    expected |= {"README.md", "recipe.yaml", "attention_transfer.jsonl", "logit_distillation.jsonl"}
+    assert expected <= names
+    assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"))]
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted(results)  # no .partial, nothing set aside
+    for stage in ("attention_transfer", "logit_distillation"):
+        lines = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@every_model
+def test_metrics(results, sources, name):
+    folder, metrics = results[name]
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    rows = {row["name"]: row for row in metrics["rows"]}
+    assert list(rows) == ["teacher", "student", "no attention"]
+    assert metrics["teacher"] == rows["teacher"] and metrics["student"] == rows["student"]
+    assert rows["teacher"]["kl"] == pytest.approx(0, abs=1e-6) and rows["teacher"]["top1_agreement"] == 1
+    assert rows["student"]["kl"] > 0 and 0 <= rows["student"]["top1_agreement"] <= 1
+    for row in rows.values():
+        assert row["perplexity"] is None if name == "bert" else 1 < row["perplexity"] < 1000
+    assert metrics["model"] == str(sources / name) and metrics["kernel"]["component"] == "hyperbolic"
+    plan = make_plan(MAKERS[name](), KernelRecipe())
+    assert metrics["attention_kl"].keys() == {module.name for module in plan.converted}
+    assert all(value >= -1e-6 for value in metrics["attention_kl"].values())
+    assert metrics["plan"]["parameters"] == plan.parameters and metrics["plan"]["converted"] == 2
+    assert metrics["evaluated_tokens"] == 4 * 32 and metrics["tokens"] == 2 * 4 * 2 * 32
+    assert metrics["guarded_rows"] == 0 and metrics["num_processes"] == 1 and metrics["device"] == "cpu"
+    assert metrics["elapsed_s"] > 0 and metrics["peak_memory_bytes"] > 10**7
+    assert metrics["reload_max_logit_difference"] <= 1e-5
+    assert [(stage["name"], stage["steps"], stage["tokens"]) for stage in metrics["stages"]] == [
+        ("attention_transfer", 4, 256),
+        ("logit_distillation", 4, 256),
+    ]
+
+
+@every_model
+def test_recipe_and_card(results, sources, name):
+    folder, metrics = results[name]
+    recipe = Recipe.load(folder / "recipe.yaml")
+    expected = make_recipe(sources, name, **{"kernel.component": "hyperbolic", "kernel.tied": False})
+    assert recipe == expected
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and recipe.to_yaml().strip() in card
+    assert ("fill-mask" if name == "bert" else "text-generation") in card
+    assert f"{AUTO[name].__name__}.from_pretrained" in card
+    perplexity = "" if name == "bert" else f"{metrics['student']['perplexity']:.2f}"
+    assert f"| student | {perplexity} | {metrics['student']['kl']:.4f} |" in card
+
+
+@every_model
+def test_result_loads(results, sources, name):
+    folder, _ = results[name]
+    model, tokenizer = AUTO[name].from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert len(feature_maps(model)) == 2
+    ids = tokenizer("Line 3: the", return_tensors="pt").input_ids
+    original = AutoTokenizer.from_pretrained(sources / name)("Line 3: the", return_tensors="pt").input_ids
+    assert torch.equal(ids, original)
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.isfinite().all()
+    kernels = kernel_parameters(model).keys()
+    before = {n: p for n, p in MAKERS[name]().named_parameters()}
+    after = dict(model.named_parameters())
+    assert after.keys() - kernels == before.keys()
+    assert any(not torch.equal(after[n], before[n]) for n in before)  # the second stage trained them
+
+
+@every_model
+def test_evaluating_the_result_gives_its_metrics(sources, name, tmp_path):
+    text = {"evaluation.source": str(sources / "text.txt"), "evaluation.sequence_length": 24}
+    recipe = make_recipe(sources, name, **text)
+    metrics = convert(recipe, tmp_path / "out")
+    again = evaluate_checkpoint(tmp_path / "out", str(sources / name), recipe.evaluation)
+    for row, expected in zip(again["rows"], metrics["rows"], strict=True):
+        assert row["name"] == expected["name"]
+        for figure in ("perplexity", "kl", "top1_agreement"):
+            if expected[figure] is None:
+                assert row[figure] is None
+            else:
+                assert row[figure] == pytest.approx(expected[figure], rel=1e-6, abs=1e-9)
+    assert again["attention_kl"] == pytest.approx(metrics["attention_kl"], rel=1e-5)
+    assert again["evaluated_tokens"] == metrics["evaluated_tokens"] == 96
+
+
+@every_model
+def test_evaluation_loads_the_class_that_was_saved(results, name):
+    folder, _ = results[name]
+    assert [type(load_converted(folder)).__name__] == json.loads((folder / "config.json").read_text())["architectures"]
+
+
+@pytest.mark.parametrize("train", ["full", "lora", "kernels"])
+def test_teacher_row_is_the_model_before(sources, tmp_path, train):
+    recipe = make_recipe(sources, **{"logit_distillation.train": train, "kernel.window": 4})
+    metrics = convert(recipe, tmp_path / "out")
+    rows = {row["name"]: row for row in metrics["rows"]}
+    assert {"teacher", "student", "window only", "no attention"} <= rows.keys()
+    untouched = {name: value for name, value in weights(tmp_path / "out").items() if "flexformer" not in name}
+    same = all(torch.equal(value, weights(sources / "llama")[name]) for name, value in untouched.items())
+    assert same == (train == "kernels")
+    evaluation = EvaluationRecipe(source=str(sources / "text.txt"), sequence_length=32, sequences=20)
+    again = evaluate_checkpoint(tmp_path / "out", str(sources / "llama"), evaluation)
+    # the held-out text is another part of the same kind of text
+    assert again["teacher"]["perplexity"] == pytest.approx(rows["teacher"]["perplexity"], rel=0.2)
+    assert again["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_teacher_perplexity_is_the_models_own(sources, tmp_path):
+    text = {"evaluation.source": str(sources / "text.txt"), "logit_distillation.steps": 0}
+    metrics = convert(make_recipe(sources, **text), tmp_path / "out")
+    model, tokenizer = MAKERS["llama"](), AutoTokenizer.from_pretrained(sources / "llama")
+    ids = tokenizer((sources / "text.txt").read_text(), return_tensors="pt").input_ids[:, : 4 * 32].view(4, 32)
+    with torch.no_grad():
+        expected = math.exp(model(input_ids=ids, labels=ids).loss)
+        student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        student_perplexity = math.exp(student(input_ids=ids, labels=ids).loss)
+    assert metrics["teacher"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["student"]["perplexity"] == pytest.approx(student_perplexity, rel=1e-5)
+    assert student_perplexity != expected
+    assert not (tmp_path / "out" / "logit_distillation.jsonl").exists() and len(metrics["stages"]) == 1
+
+
+def test_seeds(sources, tmp_path):
+    for folder, seed in (("first", 3), ("second", 3), ("third", 4)):
+        convert(make_recipe(sources, seed=seed), tmp_path / folder)
+        torch.manual_seed(17)  # whatever happened before in the process
+    assert_same_weights(tmp_path / "second", tmp_path / "first")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "third", tmp_path / "first")
+
+
+def test_no_steps_give_an_untrained_conversion(sources, tmp_path):
+    steps = {"attention_transfer.steps": 0, "logit_distillation.steps": 0}
+    metrics = convert(make_recipe(sources, **steps), tmp_path / "out")
+    assert metrics["stages"] == [] and metrics["tokens"] == 0
+    for name, value in weights(sources / "llama").items():
+        assert torch.equal(weights(tmp_path / "out")[name], value)
+
+
+class Interrupted(BaseException):
+    """Not an Exception, as a signal is not."""
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Stops the training loop at the n-th step of the run from now on, counted over both stages."""
+
+    def arm(step):
+        calls = []
+
+        def factor(*args):
+            calls.append(args)
+            if len(calls) == step:
+                raise Interrupted
+            return learning_rate_factor(*args)
+
+        monkeypatch.setattr(loop, "learning_rate_factor", factor)
+
+    learning_rate_factor = loop.learning_rate_factor
+    return arm
+
+
+# of 4 + 4 steps, with a checkpoint after every second
+@pytest.mark.parametrize("step", [2, 4, 5, 6, 8])
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_resume_is_the_uninterrupted_run(sources, tmp_path, interrupt, step, train):
+    recipe = make_recipe(sources, **{"logit_distillation.train": train})
+    expected = convert(recipe, tmp_path / "whole")
+    interrupt(step)
+    with pytest.raises(Interrupted):
+        convert(recipe, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists() and (tmp_path / "resumed.partial" / "recipe.yaml").is_file()
+    interrupt(None)
+    metrics = convert(recipe, tmp_path / "resumed", resume=True)
+    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]
+    assert metrics["rows"] == expected["rows"] and metrics["attention_kl"] == expected["attention_kl"]
+    assert listing(tmp_path / "resumed").keys() == listing(tmp_path / "whole").keys()
+    for stage in ("attention_transfer", "logit_distillation"):
+        logs = [(tmp_path / folder / f"{stage}.jsonl").read_text() for folder in ("whole", "resumed")]
+        logs = [
+            [json.loads(line) | {"tokens_per_s": None, "elapsed_s": None} for line in log.splitlines()] for log in logs
+        ]
+        assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+@pytest.mark.parametrize("when", ["export", "finish"])
+def test_resume_after_the_last_step(sources, tmp_path, monkeypatch, when):
+    """Everything is trained, and the run dies before the result is written."""
+    recipe = make_recipe(sources)
+    expected = convert(recipe, tmp_path / "whole")
+
+    def die(*args, **kwargs):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        if when == "export":
+            patch.setattr(pipeline, "export", die)
+        else:
+            patch.setattr(pipeline.LogitDistillation, "finish", die)
+        with pytest.raises(Interrupted):
+            convert(recipe, tmp_path / "resumed")
+    metrics = convert(recipe, tmp_path / "resumed", resume=True)
+    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+    assert metrics["rows"] == expected["rows"]
+
+
+@pytest.mark.parametrize("step", [4, 5, 8])
+def test_resume_keeps_the_summaries(sources, tmp_path, interrupt, step):
+    """A stage's summary covers all of its steps, whether this process ran them or an earlier one."""
+    recipe = make_recipe(sources)
+    expected = convert(recipe, tmp_path / "whole")
+    interrupt(step)
+    with pytest.raises(Interrupted):
+        convert(recipe, tmp_path / "resumed")
+    interrupt(None)
+    metrics = convert(recipe, tmp_path / "resumed", resume=True)
+    for ours, theirs in zip(metrics["stages"], expected["stages"], strict=True):
+        assert (ours["first_loss"], ours["last_loss"]) == (theirs["first_loss"], theirs["last_loss"])
+
+
+def test_resume_with_another_recipe_is_refused(sources, tmp_path, interrupt):
+    interrupt(4)
+    with pytest.raises(Interrupted):
+        convert(make_recipe(sources), tmp_path / "out")
+    interrupt(None)
+    before = listing(tmp_path)
+    changed = {"logit_distillation.temperature": 2.0, "seed": 1}
+    message = r"another recipe: seed \(0, now 1\), logit_distillation.temperature \(1.0, now 2.0\); use the same"
+    with pytest.raises(FlexdistillError, match=message):
+        convert(make_recipe(sources, **changed), tmp_path / "out", resume=True)
+    assert listing(tmp_path) == before
+
+
+def test_resume_without_a_run_is_refused(sources, tmp_path):
+    with pytest.raises(FlexdistillError, match="no unfinished run in .*out.partial to resume; leave --resume out"):
+        convert(make_recipe(sources), tmp_path / "out", resume=True)
+    assert listing(tmp_path) == {}
+
+
+def test_a_new_run_forgets_the_unfinished_one(sources, tmp_path, interrupt):
+    interrupt(7)
+    with pytest.raises(Interrupted):
+        convert(make_recipe(sources, seed=5), tmp_path / "out")
+    interrupt(None)
+    convert(make_recipe(sources), tmp_path / "out")
+    convert(make_recipe(sources), tmp_path / "fresh")
+    assert_same_weights(tmp_path / "out", tmp_path / "fresh")
+
+
+BAD_INPUT = {
+    "kernel.variant": ("nonsense", "Unknown variant 'nonsense'"),
+    "kernel.layers": ("7", "the model has layers 0 to 1"),
+    "model": ("./absent", "does not exist"),
+    "data.source": ("./absent.txt", "does not exist"),
+    "data.sequence_length": (513, "longer than the 512 positions"),
+    "evaluation.sequence_length": (16, "set evaluation.source, or remove"),
+    "evaluation.sequences": (100_000, "leaves none to train on"),
+}
+
+
+def existing_output(folder):
+    (folder / "nested").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"precious")
+    (folder / "nested" / "notes.txt").write_text("mine")
+    return listing(folder.parent)
+
+
+@pytest.mark.parametrize("key", BAD_INPUT)
+def test_bad_input_changes_nothing(sources, tmp_path, key):
+    value, message = BAD_INPUT[key]
+    before = existing_output(tmp_path / "out")
+    with pytest.raises(FlexdistillError, match=re.escape(message)):
+        convert(make_recipe(sources, **{key: value}), tmp_path / "out", overwrite=True)
+    assert listing(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_recipe_without_a_model_is_an_error(tmp_path):
+    with pytest.raises(FlexdistillError, match="names no model"):
+        convert(Recipe(), tmp_path / "out")
+
+
+def test_output_that_exists_is_kept(sources, tmp_path):
+    before = existing_output(tmp_path / "out")
+    with pytest.raises(FlexdistillError, match="not empty; choose another --output, or pass --overwrite"):
+        convert(make_recipe(sources), tmp_path / "out")
+    with pytest.raises(FlexdistillError, match="is a file; name a folder"):
+        convert(make_recipe(sources), tmp_path / "out" / "model.safetensors", overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def fail_in_training(patch):
+    def backward(self, sequences):
+        raise NonFiniteLossError("the loss is nan")
+
+    patch.setattr(pipeline.LogitDistillation, "backward", backward)
+
+
+def fail_in_evaluation(patch):
+    def compare(*args):
+        raise FlexdistillError("no")
+
+    patch.setattr(pipeline, "compare_models", compare)
+
+
+def fail_in_card(patch):
+    def card(*args):
+        raise OSError(28, "No space left on device")
+
+    patch.setattr(export_module, "model_card", card)
+
+
+def fail_in_rename(patch):
+    replace = os.replace
+
+    def failing(source, target):
+        if Path(target).name == "out" and Path(source).name.startswith(".out.") and "old" not in Path(source).name:
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+
+    patch.setattr(export_module.os, "replace", failing)
+
+
+def fail_in_reload(patch):
+    patch.setattr(export_module, "_reload_difference", lambda *args: 1 / 0)
+
+
+FAILURES = {
+    "training": (fail_in_training, NonFiniteLossError),
+    "evaluation": (fail_in_evaluation, FlexdistillError),
+    "card": (fail_in_card, FlexdistillError),
+    "rename": (fail_in_rename, FlexdistillError),
+    "reload": (fail_in_reload, ZeroDivisionError),
+}
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_failure_leaves_the_output_and_can_be_resumed(sources, tmp_path, monkeypatch, where):
+    failure, error = FAILURES[where]
+    before = existing_output(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(error):
+        failure(patch)
+        convert(make_recipe(sources), tmp_path / "out", overwrite=True)
+    after = {name: content for name, content in listing(tmp_path).items() if not name.startswith("out.partial/")}
+    assert after == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+    convert(make_recipe(sources), tmp_path / "out", overwrite=True, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "nested").exists() and len(weights(tmp_path / "out")) > 10
+
+
+@pytest.mark.parametrize("variant", ["hedgehog", "stationary"])
+def test_other_kernels(sources, tmp_path, variant):
+    component = "trigonometric" if variant == "stationary" else None
+    settings = {"kernel.variant": variant, "kernel.component": component, "kernel.window": 8, "kernel.layers": "1"}
+    metrics = convert(make_recipe(sources, **settings), tmp_path / "out")
+    assert metrics["plan"]["converted"] == metrics["plan"]["kept"] == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    (spec,) = model.config.kernel_specs.values()
+    assert (spec.variant, spec.component, spec.window) == (variant, component, 8)
+    assert "window only" in [row["name"] for row in metrics["rows"]]
