@@ -53,12 +53,13 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def main() -> None:
-    print(f"{'kernel':32}{'window':>8}{'chunked':>12}{'recurrent':>12}{'gradients':>12}")
+    print(f"{'kernel':32}{'window':>10}{'chunked':>12}{'recurrent':>12}{'gradients':>12}")
     for variant, component in kernels():
         for window, causal in ((0, True), (64, True), (0, False)):
             figures = compare(variant, component, window, causal)
             place = str(window) if causal else "both ways"
-            print(f"{variant + ' ' + (component or ''):32}{place:>8}" + "".join(f"{'-':>12}" if x is None else f"{x:12.1e}" for x in figures.values()))
+            cells = ("-" if figure is None else f"{figure:.1e}" for figure in figures.values())
+            print(f"{variant + ' ' + (component or ''):32}{place:>10}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 if __name__ == "__main__":

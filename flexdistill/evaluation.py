@@ -20,6 +20,7 @@ from .attention_modes import (
 )
 from .conversion import check_sequence_length
 from .data import pack, read_documents
+from .devices import make_accelerator
 from .distill.attention_transfer import softmax_weights
 from .distill.heads import SplitModel
 from .distill.logits import next_tokens, positions_per_piece
@@ -133,8 +134,6 @@ def evaluate_checkpoint(directory: str | Path, teacher: str, recipe: EvaluationR
     Raises:
         FlexdistillError: if a model or the text cannot be read, or they do not fit each other.
     """
-    from .pipeline import make_accelerator
-
     if recipe.source is None:
         raise FlexdistillError("There is nothing to evaluate on; name a text with --data.")
     accelerator = make_accelerator(precision)

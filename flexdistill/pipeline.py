@@ -6,19 +6,18 @@ recipe -> teacher -> plan -> converted student -> attention transfer -> logit di
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from .conversion import apply_plan, check_sequence_length, make_plan, resolve_kernel
 from .data import pack, read_documents, split_held_out, train_order
+from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.checkpoints import Checkpoint, Checkpoints
 from .distill.logits import LogitDistillation
@@ -143,18 +142,6 @@ def _run_stages(
     return summaries
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Accelerate's view of the devices; precision "auto" is bf16 on a GPU and fp32 on CPU."""
-    on_gpu = torch.cuda.is_available()
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
-    # a second run in one process may ask for another precision, which the shared state would refuse
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
-
-
 def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and evaluation sequences, (N, T) and (M, T') int64; reads no more text than the run needs."""
     data, evaluation = recipe.data, recipe.evaluation
@@ -172,13 +159,6 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[t
         )
     sequences = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + evaluation.sequences)
     return split_held_out(sequences, evaluation.sequences)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: the GPU's allocations, or this process's resident memory on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _prepare_work(work: Path, recipe: Recipe, resume: bool, accelerator: Accelerator) -> Checkpoint | None:

@@ -21,7 +21,7 @@ RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
 LAYERS = [
     {"errors"},
     {"recipe", "runtime", "progress", "losses"},
-    {"attention_modes", "data", "sources", "tables"},
+    {"attention_modes", "data", "devices", "sources", "tables"},
     {"conversion", "distill"},
     {"evaluation", "export", "report"},
     {"pipeline"},

@@ -2,6 +2,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,25 @@ def test_files(results, name):
         lines = [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(sources, tmp_path):
+    recipe = make_recipe(sources, **{"evaluation.sequences": 5, "kernel.window": 4})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "flexdistill", "convert"]
+    arguments = [recipe.model, "--recipe", "recipe.yaml", "--output", "two"]
+    environment = os.environ | {"PYTHONPATH": str(Path(flexdistill.__file__).parents[1])}
+    run = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    one = convert(recipe, tmp_path / "one")
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    actual, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= 1e-5 * value.norm(), name
+    for ours, theirs in zip(two["rows"], one["rows"], strict=True):
+        assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
 
 
 @every_model
