@@ -163,8 +163,10 @@ def _auto_classes(base_config_class: type[PreTrainedConfig]) -> list[tuple[str, 
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and base_config_class in mapping:
-            model = mapping[base_config_class]
-            found.append((name, model[0] if isinstance(model, (tuple, list)) else model))
+            models = mapping[base_config_class]
+            models = models if isinstance(models, (tuple, list)) else (models,)
+            # a head that another model type lends builds itself from that type's configuration
+            found += [(name, model) for model in models[:1] if model.config_class is base_config_class]
     return found
 
 
