@@ -13,6 +13,7 @@ from .attention_modes import AttentionCall, record_attention
 from .errors import FlexdistillError
 from .recipe import KernelRecipe
 from .runtime.configuration_flexformer import KernelSpec
+from .runtime.masks import LazyMask
 from .runtime.modeling_flexformer import convert_model
 from .runtime.registry import FEATURE_MAPS, build_feature_map, feature_map_class
 
@@ -130,7 +131,8 @@ def select_layers(expression: str, count: int) -> list[int]:
         chosen = set()
         for part in expression.split(","):
             first, dash, last = part.partition("-")
-            chosen.update(range(_natural(first), _natural(last if dash else first) + 1))
+            start = _natural(first)
+            chosen.update(range(start, _natural(last if dash else first, least=start) + 1))
     except ValueError as error:
         raise FlexdistillError(
             f"Layers {expression!r} cannot be read; write all, indices such as 0-5,9 or every:4."
@@ -195,6 +197,8 @@ def _reason_to_keep(model: PreTrainedModel, call: AttentionCall) -> str | None:
         return "cross-attention reads a fixed sequence"
     if call.arguments.get("sliding_window") is not None:
         return f"its own sliding window of {call.arguments['sliding_window']} tokens is bounded already"
+    if isinstance(call.mask, LazyMask) and not call.mask.is_plain:
+        return "its mask is neither causal nor bidirectional with padding alone"
     unsupported = {
         "softcap": "its logits are capped",
         "position_bias": "it adds a bias to each pair of positions",

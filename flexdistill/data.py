@@ -102,7 +102,7 @@ def pack(
 
 
 def split_held_out(sequences: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Holds out the last rows, a contiguous tail, so that held-out rows have no training rows between them.
+    """Holds out the first rows, which are the same however much text a run trains on.
 
     Args:
         sequences: (N, T).
@@ -120,7 +120,7 @@ def split_held_out(sequences: torch.Tensor, count: int) -> tuple[torch.Tensor, t
             f"The text gives {len(sequences)} sequences and {count} are held out, which leaves none to train on; "
             "give more text or a smaller evaluation.sequences."
         )
-    return sequences[:kept], sequences[kept:]
+    return sequences[count:], sequences[:count]
 
 
 def train_order(num_sequences: int, steps: int, batch_size: int, seed: int) -> torch.Tensor:

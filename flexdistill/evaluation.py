@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from pathlib import Path
 
 import torch
@@ -197,7 +196,7 @@ def _row(name: str, sums: list[float], causal: bool) -> dict:
     loss, count, kl, agreement, positions = sums
     return {
         "name": name,
-        "perplexity": math.exp(loss / count) if causal else None,
+        "perplexity": float(torch.tensor(loss / count, dtype=torch.float64).exp()) if causal else None,
         "kl": kl / positions,
         "top1_agreement": agreement / positions,
     }

@@ -12,17 +12,32 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
+from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .recipe import Recipe
+from .runtime.linear_attention import CHUNK
 from .sources import ModelSource, progress_bars_on_terminals_only
 
 
+def working_folder(output: Path) -> Path:
+    """Where a run lives until its result is whole."""
+    return output.with_name(output.name + ".partial")
+
+
 def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
-    """Raises FlexdistillError if writing `output` would touch what is there already."""
+    """Raises FlexdistillError if writing `output` would touch a result or an unfinished run that is there."""
     if output.exists() and not output.is_dir():
         raise FlexdistillError(f"Output {output} is a file; name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite and not resume:
+    if not output.name or output.is_mount():
+        raise FlexdistillError(f"Output {output} cannot be replaced as a whole; name a folder inside it.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise FlexdistillError(f"Output {output} is not empty; choose another --output, or pass --overwrite.")
+    work = working_folder(output)
+    if work.exists() and not (overwrite or resume):
+        raise FlexdistillError(
+            f"{work} holds a run that is unfinished or still going on; pass --resume to go on with it, or --overwrite "
+            "to start again."
+        )
 
 
 def export(
@@ -69,6 +84,7 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
     front += ["license: other", "license_name: same-as-base-model"]
     auto = type(model)._auto_class
     kernel = recipe.kernel
+    training_s = sum(stage["elapsed_s"] for stage in metrics["stages"])
     evaluated_on = recipe.evaluation.source or f"{recipe.data.source} (held out)"
     window = f", softmax window of {kernel.window} tokens" if kernel.window else ", no softmax window"
     return "\n".join(
@@ -91,7 +107,7 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "|---|---|---|---|",
             *(_table_row(row) for row in metrics["rows"]),
             "",
-            f"Trained on {metrics['tokens']:,} tokens in {metrics['elapsed_s']:.0f} s.",
+            f"Trained on {metrics['tokens']:,} tokens in {training_s:.0f} s.",
             "",
             "## Use",
             "",
@@ -122,7 +138,11 @@ def _table_row(row: dict) -> str:
 def _reload_difference(model: PreTrainedModel, folder: Path) -> float:
     auto = getattr(modeling_auto, type(model)._auto_class)
     reloaded = auto.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-    tokens = torch.arange(model.get_input_embeddings().num_embeddings, device=model.device)[None, :16]
+    # long enough for keys to leave the window and for a second chunk
+    windows = [feature_map.spec.window for feature_map in feature_maps(model).values()]
+    length = max(windows) + 2 * CHUNK
+    length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", length))
+    tokens = torch.arange(length, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     difference = float((reloaded(input_ids=tokens).logits - model(input_ids=tokens).logits).abs().max())
     if not difference <= 1e-5:
         raise FlexdistillError(

@@ -5,6 +5,7 @@ recipe -> teacher -> plan -> converted student -> attention transfer -> logit di
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -24,7 +25,7 @@ from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
 from .errors import FlexdistillError, disk_errors
 from .evaluation import compare_models
-from .export import check_output, export
+from .export import check_output, export, working_folder
 from .progress import stage_progress
 from .recipe import Recipe, StageRecipe
 from .sources import check_vocabulary, load_model, load_tokenizer, resolve_model
@@ -44,7 +45,7 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
         FlexdistillError: if anything about the input does not fit; then nothing on disk has changed.
         NonFiniteLossError: if training diverges.
     """
-    output = Path(output)
+    output = Path(output).expanduser().resolve()
     check_output(output, overwrite=overwrite, resume=resume)
     with disk_errors(output):
         return _convert(recipe, output, resume)
@@ -65,8 +66,10 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     plan = make_plan(model, recipe.kernel)
     sequences, evaluation = load_sequences(recipe, model, tokenizer)
 
-    work = output.with_name(output.name + ".partial")
-    checkpoint = _prepare_work(work, recipe, resume, accelerator)
+    work = working_folder(output)
+    inputs = {"model": model.state_dict(), "data": {"": sequences}, "evaluation data": {"": evaluation}}
+    hashes = {name: _sha256(tensors) for name, tensors in inputs.items()}
+    checkpoint = _prepare_work(work, recipe, hashes, resume, accelerator)
     student = apply_plan(model, plan).to(accelerator.device)
     stages = _run_stages(recipe, student, sequences, accelerator, work, checkpoint)
 
@@ -110,11 +113,9 @@ def _run_stages(
         if name not in recipes:
             continue
         summary = work / f"{name}.json"
-        if number < reached and summary.is_file():
-            summaries.append(json.loads(summary.read_text()))
+        if number < reached:
+            summaries.append(_read_json(summary))
             continue
-        if checkpoint and number > reached:
-            checkpoint.load_parameters(student)
         stage = STAGES[name](student, recipes[name], accelerator)
         start_step = 0
         if number == reached:
@@ -137,8 +138,7 @@ def _run_stages(
         stage.finish()
         summaries.append(result)
         if accelerator.is_main_process:
-            summary.write_text(json.dumps(result))
-        checkpoint = None
+            _write_json(summary, result)
     return summaries
 
 
@@ -161,22 +161,54 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[t
     return split_held_out(sequences, evaluation.sequences)
 
 
-def _prepare_work(work: Path, recipe: Recipe, resume: bool, accelerator: Accelerator) -> Checkpoint | None:
-    """The folder of an unfinished run, and the checkpoint to go on from."""
-    settings = work / "recipe.yaml"
+def _prepare_work(
+    work: Path, recipe: Recipe, hashes: dict[str, str], resume: bool, accelerator: Accelerator
+) -> Checkpoint | None:
+    """Makes the folder of a run, or checks that it is of the same inputs; returns the checkpoint to go on from."""
+    settings, inputs = work / "recipe.yaml", work / "inputs.json"
     checkpoint = None
     if resume:
         if not settings.is_file():
             raise FlexdistillError(f"There is no unfinished run in {work} to resume; leave --resume out.")
         _check_same_recipe(Recipe.load(settings), recipe)
+        changed = [name for name, before in _read_json(inputs).items() if before != hashes[name]]
+        if changed:
+            raise FlexdistillError(
+                f"The {' and the '.join(changed)} changed since the unfinished run began; restore what it began with, "
+                "or start again with --overwrite."
+            )
         checkpoint = Checkpoints(work, recipe.checkpoint.keep).latest()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        _write_json(inputs, hashes)
         settings.write_text(recipe.to_yaml())
     accelerator.wait_for_everyone()
     return checkpoint
+
+
+def _sha256(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_json(file: Path, value: dict) -> None:
+    aside = file.with_suffix(".writing")
+    aside.write_text(json.dumps(value))
+    aside.replace(file)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise FlexdistillError(
+            f"{file} is missing or damaged, so the unfinished run cannot go on; start again with --overwrite."
+        ) from error
 
 
 def _check_same_recipe(before: Recipe, now: Recipe) -> None:

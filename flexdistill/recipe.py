@@ -63,6 +63,13 @@ class EvaluationRecipe(_Section):
     sequences: int = Field(48, ge=1, description="sequences evaluated, taken in order")
     batch_size: int = Field(8, ge=1, description="sequences per forward pass")
 
+    @model_validator(mode="after")
+    def _used_settings_only(self):
+        given = next((name for name in ("config", "split", "column") if getattr(self, name) is not None), None)
+        if self.source is None and given is not None:
+            raise ValueError(f"{given} is set but source is not, so it would be ignored; set source or remove {given}")
+        return self
+
 
 class StageRecipe(_Section):
     """What both training stages have in common."""

@@ -96,7 +96,7 @@ def damaged_files():
     yield "rows.jsonl", b'{"body": "a", "id": 1}\n', "no column 'text'; set data.column to one of: body, id"
     yield "rows.jsonl", b'{"text": 3}\n', "holds a int in column 'text'; set data.column"
     yield "rows.parquet", rows.getvalue().to_pybytes()[:-20], "cannot be read .*; check that it is complete"
-    yield "rows.parquet.gz", gzip.compress(b"x"), "compressed parquet, which is not read; decompress it"
+    yield "rows.parquet.gz", gzip.compress(b"x", mtime=0), "compressed parquet, which is not read; decompress it"
     for suffix, compress in COMPRESSORS.items():
         if suffix:
             yield f"cut.txt{suffix}", compress(long)[:5000], "cannot be read .*; check that it is complete"
@@ -244,9 +244,9 @@ def test_no_row_repeats_within_an_epoch():
     assert len({tuple(epoch) for epoch in epochs}) == 6
 
 
-def test_held_out_rows_are_the_tail():
+def test_held_out_rows_are_the_first():
     sequences = torch.arange(20).view(10, 2)
     train, held_out = split_held_out(sequences, 3)
-    assert torch.equal(torch.cat([train, held_out]), sequences) and len(held_out) == 3
+    assert torch.equal(torch.cat([held_out, train]), sequences) and len(held_out) == 3
     with pytest.raises(FlexdistillError, match="gives 10 sequences and 10 are held out"):
         split_held_out(sequences, 10)

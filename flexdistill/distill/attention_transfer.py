@@ -34,7 +34,7 @@ class AttentionTransfer:
         # layers learn independently of each other, so each is clipped by its own norm
         self.clip_groups = [list(feature_map.parameters()) for feature_map in maps]
         self.optimizer = torch.optim.Adam(kernel_parameters(model).values(), lr=recipe.learning_rate)
-        self._losses: dict[str, StepLosses] = {}
+        self._losses: list[tuple[str, StepLosses]] = []  # a module that several layers share comes several times
 
     def trained(self) -> dict[str, nn.Parameter]:
         return kernel_parameters(self.model)
@@ -45,17 +45,17 @@ class AttentionTransfer:
             yield
 
     def backward(self, sequences: torch.Tensor) -> StepLosses:
-        self._losses = {}
+        self._losses = []
         with torch.no_grad(), self.accelerator.autocast():
             run_base_model(self.model, sequences)
-        losses = list(self._losses.values())
+        losses = [loss for _, loss in self._losses]
         total = sum(loss.total for loss in losses)
         parts = {name: sum(loss.parts[name] for loss in losses) / len(losses) for name in losses[0].parts}
         return StepLosses(total / len(losses), losses[0].count, parts)
 
     def blame(self, sequences: torch.Tensor) -> str:
         self.backward(sequences)
-        bad = [name for name, loss in self._losses.items() if not loss.total.isfinite()]
+        bad = [name for name, loss in self._losses if not loss.total.isfinite()]
         return bad[0] if bad else "the gradients; every layer's loss is finite"
 
     def finish(self) -> None:
@@ -72,7 +72,7 @@ class AttentionTransfer:
                 loss = self._layer_loss(call, teacher, value, output)
                 loss.total.backward()
         detached = {name: part.detach() for name, part in loss.parts.items()}
-        self._losses[self._layers[call.module]] = StepLosses(loss.total.detach(), loss.count, detached)
+        self._losses.append((self._layers[call.module], StepLosses(loss.total.detach(), loss.count, detached)))
         return output.to(call.query.dtype).transpose(1, 2).contiguous()
 
     def _layer_loss(self, call, teacher, value, output) -> StepLosses:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ..errors import FlexdistillError, disk_errors
 from .stage import Stage
@@ -27,31 +27,35 @@ class Checkpoint:
     step: int
 
     def load(self, stage: Stage) -> None:
-        """Puts parameters and optimiser state back into a stage."""
+        """Puts parameters and optimiser state back into a stage.
+
+        Raises:
+            FlexdistillError: if the files are damaged or belong to another model.
+        """
         parameters = stage.trained()
-        self._copy(load_file(self.folder / "parameters.safetensors"), parameters)
-        state = load_file(self.folder / "optimizer.safetensors")
+        try:
+            tensors = load_file(self.folder / "parameters.safetensors")
+            state = load_file(self.folder / "optimizer.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise FlexdistillError(
+                f"Checkpoint {self.folder} cannot be read ({error}); delete it to go on from the one before, or start "
+                "again with --overwrite."
+            ) from error
+        if tensors.keys() != parameters.keys():
+            differing = sorted(tensors.keys() ^ parameters.keys())
+            raise FlexdistillError(
+                f"Checkpoint {self.folder} is of another model (it differs in {differing[0]}, ...); start again with "
+                "--overwrite."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                parameters[name].copy_(tensor)
         for name, parameter in parameters.items():
             stage.optimizer.state[parameter] = {
                 key.removeprefix(f"{name}/"): value.to(parameter.device) if value.ndim else value
                 for key, value in state.items()
                 if key.startswith(f"{name}/")
             }
-
-    def load_parameters(self, model: nn.Module) -> None:
-        """Puts only the trained parameters back into a model."""
-        self._copy(load_file(self.folder / "parameters.safetensors"), dict(model.named_parameters()))
-
-    def _copy(self, tensors: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]) -> None:
-        unknown = tensors.keys() - parameters.keys()
-        if unknown:
-            raise FlexdistillError(
-                f"Checkpoint {self.folder.name} holds parameters that the model lacks ({sorted(unknown)[0]}, ...); "
-                "start again with --overwrite."
-            )
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
 
 
 class Checkpoints:

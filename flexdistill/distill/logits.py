@@ -72,6 +72,8 @@ class LogitDistillation:
         recipe = self.recipe
         mask = torch.ones_like(sequences, dtype=torch.bool).flatten()
         labels = next_tokens(sequences).flatten()
+        # sums are divided by the number of positions, of which the last has no label
+        positions_per_label = len(labels) / int((labels != -100).sum())
         parts = {"kl": 0.0}
         with self.accelerator.autocast():
             with torch.no_grad(), self._as_teacher():
@@ -86,7 +88,7 @@ class LogitDistillation:
                 parts["kl"] = parts["kl"] + kl.detach()
                 if not recipe.label_weight:
                     return kl
-                label, _ = label_loss(logits, labels[part])
+                label = label_loss(logits, labels[part])[0] * positions_per_label
                 parts["label_loss"] = parts.get("label_loss", 0.0) + label.detach()
                 return (1 - recipe.label_weight) * kl + recipe.label_weight * label
 
@@ -122,8 +124,19 @@ def next_tokens(sequences: torch.Tensor) -> torch.Tensor:
 
 
 def add_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> None:
-    """Puts LoRA adapters beside the model's linear layers, not its kernels."""
+    """Puts LoRA adapters beside the model's linear layers, not its kernels.
+
+    Raises:
+        FlexdistillError: if an adapted layer shares its weight with the input embedding.
+    """
     model.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.target_modules))
+    embedding = model.get_input_embeddings().weight
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.get_base_layer().weight is embedding:
+            raise FlexdistillError(
+                f"An adapter on {name} would change the input embedding too, whose weight it shares; leave it out of "
+                "logit_distillation.lora.target_modules."
+            )
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from ..runtime.interface import NAME
 
 @dataclass
 class StepLosses:
-    """Loss sums of some sequences; `total` is what gradients were taken of."""
+    """Loss sums of some sequences, for the log; over layers that learn apart from each other, their mean."""
 
     total: torch.Tensor
     count: torch.Tensor

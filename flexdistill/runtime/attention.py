@@ -99,7 +99,9 @@ def attend(
         far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
         near = window_sums(query, key, value, visible, spec.window, scaling) if spec.window else None
         output = _normalise(feature_map, far, near, features.query_log_scale)
-        memory = Memory(state, key[:, :, length:], value[:, :, length:], visible[:, length:])
+        # copies, because a view would keep all keys and values alive
+        window = (x[:, :, length:].clone() for x in (key, value))
+        memory = Memory(state, *window, visible[:, length:].clone())
         return output.to(query.dtype), memory
 
 

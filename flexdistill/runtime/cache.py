@@ -44,7 +44,7 @@ class FlexformerCacheLayer(CacheLayerMixin):
     @property
     def num_bytes(self) -> int:
         """Bytes held, whatever the number of tokens seen."""
-        return sum(tensor.nbytes for tensor in _tensors(self.memory)) if self.memory else 0
+        return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(self.memory)) if self.memory else 0
 
     def reset(self) -> None:
         self.memory, self.seen_tokens, self.is_initialized = None, 0, False
@@ -82,7 +82,8 @@ def memory_layer(module, args, kwargs) -> FlexformerCacheLayer | None:
     """The cache layer of a converted module among the arguments of its call, put in place of an unused KV layer.
 
     Raises:
-        ValueError: if the cache already holds keys and values that did not pass through this module.
+        ValueError: if the cache already holds keys and values that did not pass through this module, or is static while
+            other layers keep softmax attention.
     """
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):
@@ -99,6 +100,11 @@ def memory_layer(module, args, kwargs) -> FlexformerCacheLayer | None:
             raise ValueError(
                 f"The cache holds keys and values of layer {index} that did not pass through its Flexformer attention; "
                 "start with an empty cache."
+            )
+        if layer.is_compileable and len(module.config.flexformer["layers"]) < module.config.num_hidden_layers:
+            raise ValueError(
+                "A static cache cannot serve a model in which some layers keep softmax attention; leave "
+                "cache_implementation out."
             )
         layer = cache.layers[index] = FlexformerCacheLayer()
     return layer

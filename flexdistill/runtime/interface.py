@@ -11,8 +11,11 @@ from .attention import attend
 from .cache import FlexformerCacheLayer, memory_layer
 from .masks import LazyMask, flexformer_mask
 
-# the attention implementation's name, and the name of a converted module's feature map
+# the name of a converted module's feature map
 NAME = "flexformer"
+# the name in transformers' registries; the copies inside checkpoints take one each, so that none serves another's model
+_IS_COPY = __name__.startswith("transformers_modules.")
+IMPLEMENTATION = f"{NAME}_{__name__.replace('.', '_')}" if _IS_COPY else NAME
 _CACHE_ARGUMENT = "flexformer_cache_layer"
 
 
@@ -90,11 +93,11 @@ def visible_keys(mask: LazyMask | torch.Tensor | None, length: int) -> torch.Ten
 
 def find_cache_layer(module: nn.Module, args, kwargs):
     """Forward pre-hook of a converted module: passes its cache layer on to `flexformer_attention`."""
-    if module.config._attn_implementation != NAME:  # another attention function keeps its own kind of cache
+    if module.config._attn_implementation != IMPLEMENTATION:  # another attention function keeps its own kind of cache
         return None
     layer = memory_layer(module, args, kwargs)
     return None if layer is None else (args, {**kwargs, _CACHE_ARGUMENT: layer})
 
 
-AttentionInterface.register(NAME, flexformer_attention)
-AttentionMaskInterface.register(NAME, flexformer_mask)
+AttentionInterface.register(IMPLEMENTATION, flexformer_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, flexformer_mask)

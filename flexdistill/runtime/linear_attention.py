@@ -176,7 +176,9 @@ def _block_sums(query, key, log_weight, value, state):
     bound = within_bound + carried * prefix_norm[:, :, None, :-1, None, None]
     bound = bound * query.norm(dim=-1, keepdim=True)
     maximum = row_maximum[:, :, None, ..., None].expand(bound.shape)
-    return (sums, bound, maximum), State(prefix[:, :, -1], prefix_norm[:, :, -1], before[..., -1])
+    # copies, because a view would keep the states of all chunks alive
+    last = State(prefix[:, :, -1].clone(), prefix_norm[:, :, -1].clone(), before[..., -1].clone())
+    return (sums, bound, maximum), last
 
 
 def _summarise(key, log_weight, value):

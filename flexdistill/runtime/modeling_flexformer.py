@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_flexformer import MODEL_TYPE, FlexformerConfigMixin, KernelSpec
 from .feature_maps import FeatureMap
-from .interface import NAME, find_cache_layer
+from .interface import IMPLEMENTATION, NAME, find_cache_layer
 from .registry import build_feature_map
 
 _PREFIX = "Flexformer"
@@ -53,7 +53,7 @@ class FlexformerMixin:
             if isinstance(module, PreTrainedModel) and not isinstance(module, FlexformerMixin) and holds_maps:
                 # an inner model initialises missing weights by its own class
                 module.__class__ = flexformer_class(type(module))
-        self.set_attn_implementation(NAME)
+        self.set_attn_implementation(IMPLEMENTATION)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -101,7 +101,6 @@ def convert_model(model: PreTrainedModel, specs: dict[str, KernelSpec]) -> PreTr
     converted.tie_weights()
     converted.to(dtype)
     for name in specs:
-        # kernels keep full precision: their small updates would be lost in half of it
         converted.base_model.get_submodule(name).get_submodule(NAME).float()
     if model.can_generate():
         converted.generation_config = model.generation_config
@@ -143,6 +142,8 @@ def _model_class(name: str, base: type[PreTrainedModel]) -> type:
         "config_class": flexformer_class(base.config_class),
         # transformers reads a class's configuration from this annotation, and would find the base's
         "config": None,
+        # kernels keep full precision in a model of less: their small updates would be lost
+        "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or ()), NAME],
     }
     if name in _classes:  # made while its configuration class was
         return _classes[name]
