@@ -196,14 +196,14 @@ def test_select_layers(expression, expected):
 
 
 @pytest.mark.parametrize(
-    "expression", ["", "some", "1-", "-1", "1,,2", "every:", "every:0", "every:-2", "every:x", "1.5"]
+    "expression", ["", "some", "1-", "-1", "5-2", "1,,2", "every:", "every:0", "every:-2", "every:x", "1.5"]
 )
 def test_unreadable_layers_are_errors(expression):
     with pytest.raises(FlexdistillError, match="cannot be read; write all, indices such as 0-5,9 or every:4"):
         select_layers(expression, 8)
 
 
-@pytest.mark.parametrize("expression", ["8", "0-8", "5-2", "3,9"])
+@pytest.mark.parametrize("expression", ["8", "0-8", "3,9"])
 def test_absent_layers_are_errors(expression):
     with pytest.raises(FlexdistillError, match=f"Layers '{expression}' are not all there; .* layers 0 to 7"):
         select_layers(expression, 8)

@@ -349,9 +349,38 @@ def test_a_new_run_forgets_the_unfinished_one(sources, tmp_path, interrupt):
     with pytest.raises(Interrupted):
         convert(make_recipe(sources, seed=5), tmp_path / "out")
     interrupt(None)
-    convert(make_recipe(sources), tmp_path / "out")
+    unfinished = listing(tmp_path)
+    with pytest.raises(FlexdistillError, match="out.partial holds a run .*--resume .*--overwrite"):
+        convert(make_recipe(sources), tmp_path / "out")
+    assert listing(tmp_path) == unfinished
+    convert(make_recipe(sources), tmp_path / "out", overwrite=True)
     convert(make_recipe(sources), tmp_path / "fresh")
     assert_same_weights(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_resume_with_other_text_is_refused(sources, tmp_path, interrupt):
+    text = tmp_path / "text.txt"
+    text.write_text((sources / "text.txt").read_text())
+    recipe = make_recipe(sources, **{"data.source": str(text)})
+    interrupt(6)
+    with pytest.raises(Interrupted):
+        convert(recipe, tmp_path / "out")
+    interrupt(None)
+    text.write_text(text.read_text().replace("with", "from"))
+    with pytest.raises(FlexdistillError, match="The data and the evaluation data changed .*--overwrite"):
+        convert(recipe, tmp_path / "out", resume=True)
+
+
+def test_resume_does_not_replace_a_result_unasked(sources, tmp_path, interrupt):
+    interrupt(6)
+    with pytest.raises(Interrupted):
+        convert(make_recipe(sources), tmp_path / "out")
+    interrupt(None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(FlexdistillError, match="not empty.*--overwrite"):
+        convert(make_recipe(sources), tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
 BAD_INPUT = {

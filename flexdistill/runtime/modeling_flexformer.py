@@ -54,6 +54,7 @@ class FlexformerMixin:
                 # an inner model initialises missing weights by its own class
                 module.__class__ = flexformer_class(type(module))
         self.set_attn_implementation(IMPLEMENTATION)
+        self.register_forward_pre_hook(_unpacked_while_tracing, with_kwargs=True)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -61,6 +62,20 @@ class FlexformerMixin:
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+
+def _unpacked_while_tracing(model, args, kwargs):
+    """Forward pre-hook: a mask of ones where torch.compile traces a call without mask and positions.
+
+    Tracing, transformers cannot see whether sequences are packed and assumes so unless there is a mask.
+    """
+    told = any(kwargs.get(name) is not None for name in ("attention_mask", "position_ids", "past_key_values"))
+    if not torch.compiler.is_compiling() or told or len(args) > 1:
+        return None
+    tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    if tokens is None:
+        return None
+    return args, {**kwargs, "attention_mask": tokens.new_ones(tokens.shape[:2], dtype=torch.long)}
 
 
 def attach_feature_maps(base_model: nn.Module, specs: dict[str, KernelSpec]) -> None:
@@ -86,7 +101,7 @@ def convert_model(model: PreTrainedModel, specs: dict[str, KernelSpec]) -> PreTr
     settings = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
     config = config_class(**settings, flexformer={"layers": {name: spec.to_dict() for name, spec in specs.items()}})
     config.auto_map = auto_map(type(model.config))
-    device, dtype = model.device, model.dtype
+    device = model.device
     with torch.device("meta"):
         converted = flexformer_class(type(model))(config)
     converted.load_state_dict(model.state_dict(), strict=False, assign=True)
@@ -99,9 +114,6 @@ def convert_model(model: PreTrainedModel, specs: dict[str, KernelSpec]) -> PreTr
             module.to_empty(device=device)
             module.reset_parameters()
     converted.tie_weights()
-    converted.to(dtype)
-    for name in specs:
-        converted.base_model.get_submodule(name).get_submodule(NAME).float()
     if model.can_generate():
         converted.generation_config = model.generation_config
     return converted.train(model.training)

@@ -434,8 +434,8 @@ def test_memory_size_does_not_grow(variant, component, key_heads, window):
         with torch.no_grad():
             _, memory = attend(feature_map, *query_key_value(length, batch=1), scaling=SCALING)
         tensors = [*vars(memory.state).values(), memory.key, memory.value, memory.visible]
-        assert all(tensor.is_contiguous() or tensor.numel() > 0 or not window for tensor in tensors)
-        return sum(tensor.nbytes for tensor in tensors)
+        # what is held, not what is seen of it: a small view would keep a large buffer alive
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     assert size(64) == size(2048) == size(1) > 0
 

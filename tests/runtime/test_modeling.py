@@ -150,6 +150,8 @@ assert type(model).__module__.startswith("transformers_modules."), type(model)
 ids = torch.arange(2, 42)[None]
 with torch.no_grad():
     first = model(input_ids=ids).logits
+# a name of its own, so that the code of one checkpoint does not serve another's model
+assert model.config._attn_implementation.startswith("flexformer_transformers_modules_")
 model.save_pretrained(again)
 reloaded = getattr(transformers, auto).from_pretrained(again, trust_remote_code=True)
 with torch.no_grad():
@@ -446,6 +448,44 @@ def test_bf16(name):
     assert logits(half, tokens()).dtype == torch.bfloat16 and logits(half, tokens()).isfinite().all()
     whole = model.to(torch.bfloat16)
     assert (logits(whole, tokens()).float() - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+@every_model
+def test_kernels_keep_full_precision(name, tmp_path):
+    MAKERS[name]().save_pretrained(tmp_path / "base")
+    base = AUTO[name].from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = convert_model(base, specs(name)).eval()
+    ids = torch.randint(2, VOCABULARY, (2, 20))
+    model.save_pretrained(tmp_path)
+    reloaded = AUTO[name].from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for parameter_name, parameter in reloaded.named_parameters():
+        is_kernel = NAME in parameter_name.split(".")
+        assert parameter.dtype == (torch.float32 if is_kernel else torch.bfloat16), parameter_name
+    with torch.no_grad():
+        assert torch.equal(reloaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@every_generator
+@pytest.mark.slow
+def test_compiled_without_graph_breaks(name):
+    model = converted(name, window=8)
+    ids = torch.randint(2, VOCABULARY, (2, 20))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for arguments in ({}, {"attention_mask": torch.ones_like(ids)}):
+            actual = compiled(input_ids=ids, use_cache=False, **arguments).logits
+            assert (actual - model(input_ids=ids, use_cache=False).logits).abs().max() <= 1e-5
+
+
+@every_generator
+def test_static_cache(name):
+    ids = torch.randint(2, VOCABULARY, (2, 10))
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    model = converted(name, window=4)
+    expected = model.generate(ids, **arguments)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **arguments), expected)
+    with pytest.raises(ValueError, match="static cache cannot serve"):
+        converted(name, layers=(0,)).generate(ids, cache_implementation="static", **arguments)
 
 
 @every_model
