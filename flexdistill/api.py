@@ -8,7 +8,7 @@ from typing import Any
 from .conversion import Plan, make_plan
 from .evaluation import evaluate_checkpoint
 from .pipeline import convert as run_conversion
-from .recipe import EvaluationRecipe, Recipe
+from .recipe import Recipe
 from .sources import load_model, resolve_model
 
 
@@ -49,7 +49,9 @@ def evaluate(directory: str | Path, *, teacher: str, data: str, **settings: Any)
         data: text, jsonl or parquet file or folder, or a `datasets` name.
         settings: fields of the recipe's evaluation section, such as `sequence_length`.
     """
-    return evaluate_checkpoint(directory, teacher, EvaluationRecipe(source=data, **settings))
+    dotted = {f"evaluation.{name}": value for name, value in settings.items()}
+    recipe = Recipe().override({"evaluation.source": str(data)} | dotted)
+    return evaluate_checkpoint(directory, teacher, recipe.evaluation)
 
 
 def plan(model: str, *, recipe: Recipe | str | Path = "default", **settings: Any) -> Plan:

@@ -176,7 +176,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float | None, _option(min=0, max=1, help="Mass of the likely tokens to sample from.")] = None,
-    seed: Annotated[int | None, _option(help="Fixes what is sampled.")] = None,
+    seed: Annotated[int | None, _option(help="Fixes what is sampled.", min=0, max=2**32 - 1)] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -218,6 +218,8 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
     """List the shipped recipes, or print one."""
     from .recipe import RECIPES_FOLDER, Recipe, shipped_recipes
 
+    if name and name not in shipped_recipes():
+        raise FlexdistillError(f"Recipe {name!r} is not shipped; shipped are: {', '.join(shipped_recipes())}.")
     for known in [name] if name else shipped_recipes():
         Recipe.load(known)
         text = (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8")
@@ -297,7 +299,13 @@ def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) ->
     if seed is not None:
         set_seed(seed)
     start = time.perf_counter()
-    output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+    try:
+        output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+    except IndexError as error:  # learned position embeddings end; rotary ones do not
+        raise FlexdistillError(
+            f"Prompt and new tokens are longer than the model's {model.config.max_position_embeddings} positions; "
+            "shorten the prompt or set a smaller --max-new-tokens."
+        ) from error
     elapsed_s = time.perf_counter() - start
     (tokens,) = output.sequences
     return {

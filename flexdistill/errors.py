@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_DISK |= {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG}
 
 
 class FlexdistillError(Exception):
@@ -22,7 +23,7 @@ class NonFiniteLossError(FlexdistillError):
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A full or read-only disk while writing below `path` becomes a FlexdistillError."""
+    """A full or read-only disk, or an impossible path, while writing below `path` becomes a FlexdistillError."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own

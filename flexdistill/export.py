@@ -24,8 +24,12 @@ def working_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
-    """Raises FlexdistillError if writing `output` would touch a result or an unfinished run that is there."""
+def check_output(output: Path, *, overwrite: bool, resume: bool, inputs: tuple[str | None, ...] = ()) -> None:
+    """Raises FlexdistillError if writing `output` would touch a result, an unfinished run or an input that is there."""
+    for name in inputs:
+        path = Path(name).expanduser().resolve() if name else None
+        if path is not None and path.exists() and path.is_relative_to(output):
+            raise FlexdistillError(f"Output {output} would replace the input {name}; choose another --output.")
     if output.exists() and not output.is_dir():
         raise FlexdistillError(f"Output {output} is a file; name a folder.")
     if not output.name or output.is_mount():
@@ -116,7 +120,7 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
             "# `import flexdistill` beforehand makes trust_remote_code unnecessary",
             f'model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)',
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)',
             "```",
             "",
             "## Recipe",

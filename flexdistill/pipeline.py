@@ -21,6 +21,7 @@ from .data import pack, read_documents, split_held_out, train_order
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.checkpoints import Checkpoint, Checkpoints
+from .distill.heads import SplitModel
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
 from .errors import FlexdistillError, disk_errors
@@ -46,7 +47,8 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
         NonFiniteLossError: if training diverges.
     """
     output = Path(output).expanduser().resolve()
-    check_output(output, overwrite=overwrite, resume=resume)
+    inputs = (recipe.model, recipe.data.source, recipe.evaluation.source)
+    check_output(output, overwrite=overwrite, resume=resume, inputs=inputs)
     with disk_errors(output):
         return _convert(recipe, output, resume)
 
@@ -63,6 +65,7 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     model = load_model(source, trust_remote_code=recipe.trust_remote_code)
     check_vocabulary(model, tokenizer)
+    SplitModel(model)  # a model without a language-modelling head is told before it is trained
     plan = make_plan(model, recipe.kernel)
     sequences, evaluation = load_sequences(recipe, model, tokenizer)
 
@@ -148,6 +151,11 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[t
     length = evaluation.sequence_length or data.sequence_length
     for checked in (data.sequence_length, length):
         check_sequence_length(model, checked)
+    if recipe.kernel.window >= data.sequence_length:
+        raise FlexdistillError(
+            f"A window of {recipe.kernel.window} tokens covers sequences of {data.sequence_length}, so the kernel "
+            "would never be used; set a smaller --window or a larger --sequence-length."
+        )
     needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
     if evaluation.source is not None:
         held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)

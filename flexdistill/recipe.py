@@ -148,7 +148,7 @@ class Recipe(_Section):
     """
 
     model: str | None = Field(None, description="Hub id, folder, .gguf file or package:NAME")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
     trust_remote_code: bool = Field(False, description="run code that the source model ships")
     kernel: KernelRecipe = KernelRecipe()

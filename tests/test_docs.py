@@ -24,7 +24,7 @@ BLOCK = re.compile(
 # in the place of the real runs' hours and data
 SHORTER = {
     "convert": [
-        *("--attention-steps", "1", "--logit-steps", "1", "--batch-size", "2", "--sequence-length", "16"),
+        *("--attention-steps", "1", "--logit-steps", "1", "--batch-size", "2", "--sequence-length", "80"),
         *("--data", "notes.txt", "--set", "evaluation.sequences=2", "--overwrite"),
     ],
     "evaluate": ["--sequence-length", "16", "--sequences", "2"],

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 import flexdistill.runtime
 from flexdistill import export as export_module
@@ -383,7 +384,32 @@ def test_resume_does_not_replace_a_result_unasked(sources, tmp_path, interrupt):
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
+def test_inputs_are_not_overwritten(sources, tmp_path):
+    shutil.copytree(sources, tmp_path / "mine")
+    recipe = make_recipe(tmp_path / "mine")
+    before = listing(tmp_path)
+    for output in (tmp_path / "mine", tmp_path / "mine" / "llama"):
+        with pytest.raises(FlexdistillError, match="would replace the input"):
+            convert(recipe, output, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_a_model_without_a_head_is_refused_before_training(sources, tmp_path, tiny_tokenizer):
+    save_tiny(tmp_path / "headless", BertModel(teacher("bert").config), tiny_tokenizer)
+    with pytest.raises(FlexdistillError, match="BertModel gives no logits"):
+        convert(make_recipe(tmp_path, "headless", **{"data.source": str(sources / "text.txt")}), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["headless"]
+
+
+def test_another_teacher_is_refused(results, sources):
+    recipe = EvaluationRecipe(source=str(sources / "text.txt"), sequence_length=16, sequences=2)
+    with pytest.raises(FlexdistillError, match="not the model that the checkpoint was made from"):
+        evaluate_checkpoint(results["llama"][0], str(sources / "bert"), recipe)
+
+
 BAD_INPUT = {
+    "seed": (-1, "seed: Input should be greater than or equal to 0"),
+    "kernel.window": (32, "window of 32 tokens covers sequences of 32"),
     "kernel.variant": ("nonsense", "Unknown variant 'nonsense'"),
     "kernel.layers": ("7", "the model has layers 0 to 1"),
     "model": ("./absent", "does not exist"),

@@ -94,8 +94,13 @@ class Checkpoints:
         folders = self._folders()
         if not folders:
             return None
-        counters = json.loads((folders[-1] / "counters.json").read_text())
-        return Checkpoint(folders[-1], **counters)
+        try:
+            return Checkpoint(folders[-1], **json.loads((folders[-1] / "counters.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise FlexdistillError(
+                f"Checkpoint {folders[-1]} cannot be read ({error}); delete it to go on from the one before, or start "
+                "again with --overwrite."
+            ) from error
 
     def _folders(self) -> list[Path]:
         return sorted(folder for folder in self.folder.glob("[0-9]*-[0-9]*") if folder.is_dir())

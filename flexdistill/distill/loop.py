@@ -156,5 +156,5 @@ def _stop(stage: Stage, step: int, loss: float, micro_batches, checkpoints: Chec
     kept = f"the last good checkpoint is {latest.folder}" if latest else "there is no earlier checkpoint"
     raise NonFiniteLossError(
         f"{stage.name} stopped at step {step + 1}: the loss is {loss} and the first value that is not finite is in "
-        f"{where}; {kept}; lower the learning rate or check the data, then go on with --resume."
+        f"{where}; {kept}; check the data, or start again with --overwrite and a lower learning rate."
     )

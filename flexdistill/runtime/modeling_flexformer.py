@@ -160,7 +160,10 @@ def _model_class(name: str, base: type[PreTrainedModel]) -> type:
     if name in _classes:  # made while its configuration class was
         return _classes[name]
     cls = type(name, (FlexformerMixin, base), namespace)
-    cls._auto_class = next((auto for auto, model in _auto_classes(base.config_class) if model is base), "AutoModel")
+    heads = [auto for auto, model in _auto_classes(base.config_class) if model is base]
+    # a causal model often serves pretraining too, and is asked for by its own name
+    named = [auto for auto in heads if auto != "AutoModelForPreTraining"]
+    cls._auto_class = (named or heads or ["AutoModel"])[0]
     # renamings of weights on disk are looked up by class, and a subclass of another name would miss them
     for key in (base.__name__, base.config_class.model_type):
         renamings = conversion_mapping.get_checkpoint_conversion_mapping(key)
