@@ -56,7 +56,7 @@ class AttentionCall:
         return softmax_attention(self.module, self.query, self.key, self.value, self.mask, **self.arguments)[0]
 
     def flexformer(self) -> torch.Tensor:
-        """The converted module's attention output, (B, T, H, D)."""
+        """The module's attention output in a converted model, (B, T, H, D): softmax where it was not converted."""
         return flexformer_attention(self.module, self.query, self.key, self.value, self.mask, **self.arguments)[0]
 
     def window_only(self) -> torch.Tensor:

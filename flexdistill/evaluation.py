@@ -111,7 +111,7 @@ def attention_kl(teacher: PreTrainedModel, student: PreTrainedModel, sequences: 
     theirs = {_name(teacher, call): call for call in record_attention(teacher, AttentionCall.softmax, sequences)}
     result = {}
     with torch.no_grad():
-        for call in record_attention(student, _own_attention, sequences):
+        for call in record_attention(student, AttentionCall.flexformer, sequences):
             if call.feature_map is None:
                 continue
             name = _name(student, call)
@@ -178,10 +178,6 @@ def load_converted(directory: str | Path) -> PreTrainedModel:
 
 def _ablation(student: PreTrainedModel, function):
     return lambda: attention_function(student, in_converted_modules(function))
-
-
-def _own_attention(call: AttentionCall) -> torch.Tensor:
-    return call.softmax() if call.feature_map is None else call.flexformer()
 
 
 def _name(model: PreTrainedModel, call: AttentionCall) -> str:

@@ -37,10 +37,7 @@ class Checkpoint:
             tensors = load_file(self.folder / "parameters.safetensors")
             state = load_file(self.folder / "optimizer.safetensors")
         except (OSError, SafetensorError) as error:
-            raise FlexdistillError(
-                f"Checkpoint {self.folder} cannot be read ({error}); delete it to go on from the one before, or start "
-                "again with --overwrite."
-            ) from error
+            raise _unreadable(self.folder, error) from error
         if tensors.keys() != parameters.keys():
             differing = sorted(tensors.keys() ^ parameters.keys())
             raise FlexdistillError(
@@ -97,13 +94,17 @@ class Checkpoints:
         try:
             return Checkpoint(folders[-1], **json.loads((folders[-1] / "counters.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise FlexdistillError(
-                f"Checkpoint {folders[-1]} cannot be read ({error}); delete it to go on from the one before, or start "
-                "again with --overwrite."
-            ) from error
+            raise _unreadable(folders[-1], error) from error
 
     def _folders(self) -> list[Path]:
         return sorted(folder for folder in self.folder.glob("[0-9]*-[0-9]*") if folder.is_dir())
+
+
+def _unreadable(folder: Path, error: Exception) -> FlexdistillError:
+    return FlexdistillError(
+        f"Checkpoint {folder} cannot be read ({error}); delete it to go on from the one before, or start again with "
+        "--overwrite."
+    )
 
 
 def _optimizer_tensors(stage: Stage) -> dict[str, torch.Tensor]:
