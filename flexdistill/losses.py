@@ -6,13 +6,43 @@ micro-batches and processes adds up to the same total.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 # weights below this share of a row have no gradient in the cross-entropy: an exact zero has no logarithm
-_LEAST_WEIGHT = 1e-8
+LEAST_WEIGHT = 1e-8
+# one nearly cancelled row must not outweigh all others
+MOST_NEGATIVE_MASS = 10.0
 
 Loss = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class AttentionRows:
+    """What attention transfer compares, of each head and query; all float32."""
+
+    cross_entropy: torch.Tensor  # (B, H, T), as `cross_entropy_rows` defines it
+    entropy: torch.Tensor  # (B, H, T), as `entropy_rows` does
+    negative_mass: torch.Tensor  # (B, H, T), as `negative_mass_rows` does
+    teacher: torch.Tensor  # (B, H, T, D): the output of softmax attention
+    student: torch.Tensor  # (B, H, T, D): the output of the kernel
+
+
+def cross_entropy_rows(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (B, H, T) between float32 rows (B, H, T, T): the student's may be signed."""
+    return -(teacher * student.clamp_min(LEAST_WEIGHT).log()).sum(-1)
+
+
+def entropy_rows(teacher: torch.Tensor) -> torch.Tensor:
+    """Entropy (B, H, T) of rows (B, H, T, T)."""
+    return -torch.special.xlogy(teacher, teacher).sum(-1)
+
+
+def negative_mass_rows(student: torch.Tensor) -> torch.Tensor:
+    """Negative weight (B, H, T) of rows (B, H, T, T), without limit."""
+    return (-student).clamp_min(0).sum(-1)
 
 
 def attention_cross_entropy(teacher: torch.Tensor, student: torch.Tensor, visible: torch.Tensor | None = None) -> Loss:
@@ -25,18 +55,28 @@ def attention_cross_entropy(teacher: torch.Tensor, student: torch.Tensor, visibl
     Returns:
         sum over queries of the mean over heads, and the number of queries.
     """
-    rows = -(teacher * student.clamp_min(_LEAST_WEIGHT).log()).sum(-1)
-    return _over_queries(rows, visible)
+    return over_queries(cross_entropy_rows(teacher, student), visible)
 
 
 def attention_entropy(teacher: torch.Tensor, visible: torch.Tensor | None = None) -> Loss:
     """Entropy of softmax rows: what the cross-entropy is at best. Shapes as in `attention_cross_entropy`."""
-    return _over_queries(-torch.special.xlogy(teacher, teacher).sum(-1), visible)
+    return over_queries(entropy_rows(teacher), visible)
 
 
 def negative_mass(student: torch.Tensor, visible: torch.Tensor | None = None) -> Loss:
     """Negative weight of each kernel row, at most 10 per row. Shapes as in `attention_cross_entropy`."""
-    return _over_queries((-student).clamp_min(0).sum(-1).clamp_max(10), visible)
+    return limited_negative_mass(negative_mass_rows(student), visible)
+
+
+def limited_negative_mass(rows: torch.Tensor, visible: torch.Tensor | None = None) -> Loss:
+    """`negative_mass` from each row's own (B, H, T)."""
+    return over_queries(rows.clamp_max(MOST_NEGATIVE_MASS), visible)
+
+
+def over_queries(rows: torch.Tensor, visible: torch.Tensor | None = None) -> Loss:
+    """Rows (B, H, T) -> sum over queries of the mean over heads, and the number of queries."""
+    weight = _query_weight(rows[..., None], visible)
+    return (rows.mean(1) * weight).sum(), weight.sum()
 
 
 def relative_output_error(teacher: torch.Tensor, student: torch.Tensor, visible: torch.Tensor | None = None) -> Loss:
@@ -87,9 +127,3 @@ def _masked(rows: torch.Tensor, mask: torch.Tensor) -> Loss:
 def _query_weight(x: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     batch, _, length, _ = x.shape
     return x.new_ones(batch, length) if visible is None else visible.to(x.dtype)
-
-
-def _over_queries(rows: torch.Tensor, visible: torch.Tensor | None) -> Loss:
-    """Rows (B, H, T) -> sum over queries of the mean over heads, and the number of queries."""
-    weight = _query_weight(rows[..., None], visible)
-    return (rows.mean(1) * weight).sum(), weight.sum()

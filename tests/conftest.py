@@ -7,6 +7,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # kernels read it when they are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests import tiny
 

@@ -10,10 +10,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention_modes import AttentionCall, attention_function, run_base_model
-from ..losses import attention_cross_entropy, attention_entropy, negative_mass, relative_output_error
+from ..losses import (
+    AttentionRows,
+    cross_entropy_rows,
+    entropy_rows,
+    limited_negative_mass,
+    negative_mass_rows,
+    over_queries,
+    relative_output_error,
+)
 from ..recipe import AttentionTransferRecipe
 from ..runtime.attention import attention_weights
 from .stage import StepLosses, feature_maps, kernel_parameters, trainable
+from .tiled_transfer import can_run, tiled_rows
 
 
 class AttentionTransfer:
@@ -64,30 +73,54 @@ class AttentionTransfer:
     def _attend(self, call: AttentionCall) -> torch.Tensor:
         if call.feature_map is None:
             return call.softmax()
-        with torch.autocast(call.query.device.type, enabled=False):
-            teacher = softmax_weights(call)
-            value = call.value.float().repeat_interleave(teacher.shape[1] // call.value.shape[1], dim=1)
-            output = teacher @ value
-            with torch.enable_grad():
-                loss = self._layer_loss(call, teacher, value, output)
-                loss.total.backward()
+        with torch.autocast(call.query.device.type, enabled=False), torch.enable_grad():
+            rows = attention_rows(call)
+            loss = self._layer_loss(rows, call.visible())
+            loss.total.backward()
         detached = {name: part.detach() for name, part in loss.parts.items()}
         self._losses.append((self._layers[call.module], StepLosses(loss.total.detach(), loss.count, detached)))
-        return output.to(call.query.dtype).transpose(1, 2).contiguous()
+        return rows.teacher.detach().to(call.query.dtype).transpose(1, 2).contiguous()
 
-    def _layer_loss(self, call, teacher, value, output) -> StepLosses:
-        recipe, visible = self.recipe, call.visible()
-        student = attention_weights(call.feature_map, call.query, call.key, scaling=call.scaling, visible=visible)
-        cross_entropy, count = attention_cross_entropy(teacher, student, visible)
-        entropy, _ = attention_entropy(teacher, visible)
-        error, _ = relative_output_error(output, student @ value, visible)
+    def _layer_loss(self, rows: AttentionRows, visible: torch.Tensor | None) -> StepLosses:
+        recipe = self.recipe
+        cross_entropy, count = over_queries(rows.cross_entropy, visible)
+        entropy, _ = over_queries(rows.entropy, visible)
+        error, _ = relative_output_error(rows.teacher, rows.student, visible)
         total = recipe.cross_entropy_weight * cross_entropy + recipe.output_mse_weight * error
         parts = {"attention_kl": cross_entropy - entropy, "output_error": error}
         if self._negative_mass_weight:
-            mass, _ = negative_mass(student, visible)
+            mass, _ = limited_negative_mass(rows.negative_mass, visible)
             total = total + self._negative_mass_weight * mass
             parts["negative_mass"] = mass
         return StepLosses(total, count, parts)
+
+
+def attention_rows(call: AttentionCall) -> AttentionRows:
+    """What a layer's loss compares, with gradients for its kernel."""
+    if is_tiled(call):
+        return tiled_rows(
+            call.feature_map, call.query, call.key, call.value, scaling=call.scaling, visible=call.visible()
+        )
+    return quadratic_rows(call)
+
+
+def is_tiled(call: AttentionCall) -> bool:
+    """Whether a call's rows are computed tile by tile instead of from T x T maps."""
+    feature_map = call.feature_map
+    return call.causal == feature_map.spec.causal and can_run(feature_map, call.query, call.key, call.value)
+
+
+def quadratic_rows(call: AttentionCall) -> AttentionRows:
+    """The reference: rows from T x T maps. One that sees no key has the mean of all values as the teacher's output."""
+    with torch.no_grad():
+        teacher = softmax_weights(call)
+        value = call.value.float().repeat_interleave(teacher.shape[1] // call.value.shape[1], dim=1)
+        entropy, output = entropy_rows(teacher), teacher @ value
+    feature_map = call.feature_map
+    student = attention_weights(feature_map, call.query, call.key, scaling=call.scaling, visible=call.visible())
+    # positive kernels need no third pass over the maps
+    negative = negative_mass_rows(student) if feature_map.signed else torch.zeros_like(entropy)
+    return AttentionRows(cross_entropy_rows(teacher, student), entropy, negative, output, student @ value)
 
 
 def softmax_weights(call: AttentionCall) -> torch.Tensor:

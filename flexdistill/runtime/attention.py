@@ -10,16 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .backend import fused_operators
 from .configuration_flexformer import KernelSpec
-from .feature_maps import FeatureMap, Features
+from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, FeatureMap, Features
 from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
-
-# least share of its Cauchy-Schwarz bound that a row's denominator may have: signed features can cancel, and one row
-# divided by nearly zero ruins a whole model; positive features cannot cancel, only underflow
-SIGNED_GUARD = 0.01
-POSITIVE_GUARD = 1e-30
-# kernel and window may differ by e^4 in mass at first, so the gate between them moves in larger steps than frequencies
-_GATE_UNIT = 10.0
 
 _guard_counters: list["GuardCounter"] = []
 
@@ -72,46 +66,107 @@ def attend(
     scaling: float,
     visible: torch.Tensor | None = None,
     memory: Memory | None = None,
+    keep_memory: bool = True,
 ) -> tuple[torch.Tensor, Memory | None]:
     """Attention output and, for a causal layer, the memory after the last key.
+
+    The fused kernels compute it where they can run (see `backend`) and know the kernel; torch does elsewhere, and
+    whenever gradients have to flow through a memory.
 
     Args:
         feature_map: the layer's kernel.
         query: (B, H, T, d), any floating dtype; key: (B, K, T, d); value: (B, K, T, D).
         scaling: what softmax attention multiplies q.k with.
         visible: (B, T) bool, False at padding.
-        memory: what an earlier call returned; the tokens of this call come after its tokens.
+        memory: what an earlier call returned; the tokens of this call come after its tokens. It may be written to.
+        keep_memory: whether the memory is wanted; training does without.
 
     Returns:
-        (B, H, T, D) in the query's dtype; 0 where a query sees no key.
+        (B, H, T, D) in the query's dtype, 0 where a query sees no key; and the memory, None if it is not kept.
     """
-    spec = feature_map.spec
+    arguments = dict(value=value, scaling=scaling, visible=visible, memory=memory, keep_memory=keep_memory)
     with torch.autocast(query.device.type, enabled=False):
-        if not spec.causal:
-            return attend_without_window(feature_map, query, key, value, scaling=scaling, visible=visible), None
-        memory = memory or Memory.empty(key, value, spec.window)
-        length = query.shape[-2]
-        if visible is None:
-            visible = torch.ones(key.shape[0], length, dtype=torch.bool, device=key.device)
-        key, value = torch.cat([memory.key, key], dim=2), torch.cat([memory.value, value], dim=2)
-        visible = torch.cat([memory.visible, visible], dim=1)
-        features = _features(feature_map, query, key[:, :, :length], scaling, visible[:, :length])
-        far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
-        near = window_sums(query, key, value, visible, spec.window, scaling) if spec.window else None
-        output = _normalise(feature_map, far, near, features.query_log_scale)
-        # copies, because a view would keep all keys and values alive
-        window = (x[:, :, length:].clone() for x in (key, value))
-        memory = Memory(state, *window, visible[:, length:].clone())
-        return output.to(query.dtype), memory
+        return feature_map(query, key, _attend, **arguments)
+
+
+def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_memory):
+    spec = feature_map.spec
+    keep_memory = keep_memory and spec.causal
+    fused = fused_operators(query.device)
+    if fused is not None and fused.serves(feature_map, query, key, value):
+        if not keep_memory and memory is None:
+            output, guarded = fused.attend(feature_map, query, key, value, scaling, visible)
+            _count(guarded)
+            return output, None
+        if not fused.needs_gradient(feature_map, query, key, value):
+            output, guarded, memory = _attend_remembering(
+                fused, feature_map, query, key, value, scaling, visible, memory
+            )
+            _count(guarded)
+            return output, memory
+    if not spec.causal:
+        return _attend_without_window(feature_map, query, key, value=value, scaling=scaling, visible=visible), None
+    memory = memory or Memory.empty(key, value, spec.window)
+    return _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, keep_memory)
+
+
+def _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, keep_memory):
+    spec = feature_map.spec
+    length = query.shape[-2]
+    if visible is None:
+        visible = torch.ones(key.shape[0], length, dtype=torch.bool, device=key.device)
+    key, value = torch.cat([memory.key, key], dim=2), torch.cat([memory.value, value], dim=2)
+    visible = torch.cat([memory.visible, visible], dim=1)
+    features = _features(feature_map, query, key[:, :, :length], scaling, visible[:, :length])
+    far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
+    near = window_sums(query, key, value, visible, spec.window, scaling) if spec.window else None
+    output = _normalise(feature_map, far, near, features.query_log_scale)
+    memory = Memory(state, *_window_of(key, value, visible, length)) if keep_memory else None
+    return output.to(query.dtype), memory
 
 
 def attend_without_window(feature_map, query, key, value, *, scaling, visible=None) -> torch.Tensor:
     """The kernel over all keys, whatever the window: what `attend` gives a layer whose window is 0. Shapes as there."""
     with torch.autocast(query.device.type, enabled=False):
-        features = _features(feature_map, query, key, scaling, visible)
-        value = _per_state_head(value, feature_map.spec)
-        rows = causal_sums(features, value)[0] if feature_map.spec.causal else bidirectional_sums(features, value)
-        return _normalise(feature_map, rows).to(query.dtype)
+        return feature_map(query, key, _attend_without_window, value=value, scaling=scaling, visible=visible)
+
+
+def _attend_without_window(feature_map, query, key, *, value, scaling, visible):
+    features = _features(feature_map, query, key, scaling, visible)
+    value = _per_state_head(value, feature_map.spec)
+    rows = causal_sums(features, value)[0] if feature_map.spec.causal else bidirectional_sums(features, value)
+    return _normalise(feature_map, rows).to(query.dtype)
+
+
+def _window_of(key, value, visible, length):
+    """What follows the first `length` keys; copies, because a view would keep all keys and values alive."""
+    return *(x[:, :, length:].clone() for x in (key, value)), visible[:, length:].clone()
+
+
+def _attend_remembering(fused, feature_map, query, key, value, scaling, visible, memory):
+    """Fused prefill or decoding step: output, which rows were guarded, and the memory."""
+    window, length = feature_map.spec.window, query.shape[-2]
+    if memory is not None and length == 1 and window == 0:
+        output, guarded = fused.decode(feature_map, query, key, value, scaling, visible, memory.state)
+        return output, guarded, memory
+    past = memory is not None and window > 0
+    state = memory.state if memory is not None else None
+    memory = memory or Memory.empty(key, value, window)
+    if visible is None and window:
+        visible = torch.ones(key.shape[0], length, dtype=torch.bool, device=key.device)
+    if past:
+        key, value = torch.cat([memory.key, key], dim=2), torch.cat([memory.value, value], dim=2)
+        visible = torch.cat([memory.visible, visible], dim=1)
+    output, guarded, *state = fused.prefill(feature_map, query, key, value, scaling, visible, state, window * past)
+    if not past and window:
+        key, value = torch.cat([memory.key, key], dim=2), torch.cat([memory.value, value], dim=2)
+        visible = torch.cat([memory.visible, visible], dim=1)
+    if visible is None:
+        visible = memory.visible.new_zeros(key.shape[0], 0)
+        key, value = key[:, :, :0], value[:, :, :0]
+        return output, guarded, Memory(State(*state), key.clone(), value.clone(), visible)
+    kept = key.shape[2] - window
+    return output, guarded, Memory(State(*state), *_window_of(key, value, visible, kept))
 
 
 def attention_weights(
@@ -128,26 +183,30 @@ def attention_weights(
         float32 weights (B, H, T, T), in quadratic memory; weights @ values is the output of `attend` without memory.
         A row of a positive kernel sums to 1; of a signed one, to 1 unless its denominator was guarded.
     """
+    with torch.autocast(query.device.type, enabled=False):
+        return feature_map(query, key, _attention_weights, scaling=scaling, visible=visible)
+
+
+def _attention_weights(feature_map, query, key, *, scaling, visible):
     spec = feature_map.spec
     length = query.shape[-2]
-    with torch.autocast(query.device.type, enabled=False):
-        features = _features(feature_map, query, key, scaling, None)
-        allowed = torch.ones(length, length, dtype=torch.bool, device=query.device)
-        distance = torch.arange(length, device=query.device)
-        distance = distance[:, None] - distance
-        if spec.causal:
-            allowed = distance >= spec.window
-        allowed = allowed[None, None]
-        banded = ((distance >= 0) & (distance < spec.window))[None, None]
-        if visible is not None:
-            allowed, banded = allowed & visible[:, None, None], banded & visible[:, None, None]
-        scores, bound, maximum = quadratic_scores(features, allowed)
-        far = RowSums(scores, scores.sum(-1), bound, maximum)
-        near = None
-        if spec.window:
-            weights, near_maximum = _softmax_scores(query, _repeat(key, query.shape[1]), banded, scaling)
-            near = RowSums(weights, weights.sum(-1), weights.sum(-1), near_maximum)
-        return _normalise(feature_map, far, near, features.query_log_scale)
+    features = _features(feature_map, query, key, scaling, None)
+    allowed = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    distance = torch.arange(length, device=query.device)
+    distance = distance[:, None] - distance
+    if spec.causal:
+        allowed = distance >= spec.window
+    allowed = allowed[None, None]
+    banded = ((distance >= 0) & (distance < spec.window))[None, None]
+    if visible is not None:
+        allowed, banded = allowed & visible[:, None, None], banded & visible[:, None, None]
+    scores, bound, maximum = quadratic_scores(features, allowed)
+    far = RowSums(scores, scores.sum(-1), bound, maximum)
+    near = None
+    if spec.window:
+        weights, near_maximum = _softmax_scores(query, _repeat(key, query.shape[1]), banded, scaling)
+        near = RowSums(weights, weights.sum(-1), weights.sum(-1), near_maximum)
+    return _normalise(feature_map, far, near, features.query_log_scale)
 
 
 def window_sums(
@@ -185,7 +244,7 @@ def _softmax_scores(query, key, allowed, scaling):
 
 def _features(feature_map, query, key, scaling, visible) -> Features:
     # kernels are defined for logits q.k / sqrt(d); a model that scales otherwise has it moved into its queries
-    features = feature_map(query * (scaling * query.shape[-1] ** 0.5), key)
+    features = feature_map.features(query * (scaling * query.shape[-1] ** 0.5), key)
     if visible is not None:
         features.key_log_weight = features.key_log_weight.masked_fill(~visible[:, None], -torch.inf)
     return features
@@ -195,15 +254,14 @@ def _normalise(
     feature_map: FeatureMap, far: RowSums, near: RowSums | None = None, log_scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Divides by the guarded denominator, shared with the window's where there is one."""
-    least = (SIGNED_GUARD if feature_map.signed else POSITIVE_GUARD) * far.bound
-    for counter in _guard_counters:
-        counter.guarded = counter.guarded + (far.denominator < least).sum()
-        counter.rows += far.denominator.numel()
+    sees_any = far.maximum > -torch.inf
+    least = SIGNED_GUARD * far.bound if feature_map.signed else POSITIVE_GUARD * sees_any
+    _count((far.denominator < least) & sees_any)
     denominator = torch.maximum(far.denominator, least)
     far_weight = near_weight = torch.ones_like(denominator)
     if near is not None:
         # logarithm of the kernel part's weight against the window's; the larger of the two is scaled to 1
-        mix = _GATE_UNIT * feature_map.window_gate.float()[:, None].expand(denominator.shape)
+        mix = GATE_UNIT * feature_map.window_gate.float()[:, None].expand(denominator.shape)
         if feature_map.calibrated:
             mix = mix + log_scale + (far.maximum - near.maximum.masked_fill(near.maximum == -torch.inf, 0.0))
         far_weight, near_weight = (mix - mix.clamp_min(0)).exp(), (-mix.clamp_min(0)).exp()
@@ -211,6 +269,12 @@ def _normalise(
     denominator = denominator.masked_fill(denominator == 0, 1.0)
     output = (far_weight / denominator)[..., None] * far.numerator
     return output if near is None else output + (near_weight / denominator)[..., None] * near.numerator
+
+
+def _count(guarded: torch.Tensor) -> None:
+    for counter in _guard_counters:
+        counter.guarded = counter.guarded + guarded.sum()
+        counter.rows += guarded.numel()
 
 
 def _per_state_head(value: torch.Tensor, spec: KernelSpec) -> torch.Tensor:

@@ -4,6 +4,7 @@ Shapes: B batch, H query heads, G = H / K query heads per KV head, K KV heads, T
 Queries are (B, H, T, d); keys are (B, K, T, d). State heads S are H or K (`KernelSpec.key_heads`).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -12,6 +13,14 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_flexformer import KernelSpec
+
+# least denominator of a row. Signed features can cancel, and one row divided by nearly zero ruins a whole model: a share
+# of the row's Cauchy-Schwarz bound. Positive features cannot cancel, only underflow: a number, as features and weights
+# are at most 1
+SIGNED_GUARD = 0.01
+POSITIVE_GUARD = 1e-30
+# kernel and window may differ by e^4 in mass at first, so the gate between them moves in larger steps than frequencies
+GATE_UNIT = 10.0
 
 
 @dataclass
@@ -25,6 +34,18 @@ class Features:
     query_log_scale: torch.Tensor  # (B, H, Tq); cancels in a purely linear row, counts against a softmax window
     key: torch.Tensor  # (B, S, Tk, F)
     key_log_weight: torch.Tensor  # (B, S, Tk)
+
+
+@dataclass
+class Spectrum:
+    """Parameters of the fused kernels: of the query map (one per query head) and of the key map (one per state head).
+
+    Each map is (W1 (H, d, n), W2 (H, d, n) or None, log-amplitudes (H, 2 n), norm factor (H,)), all float32;
+    log-amplitudes are None for the trigonometric component. A token's weight holds exp(norm factor |x|^2).
+    """
+
+    query: tuple[torch.Tensor | None, ...]
+    key: tuple[torch.Tensor | None, ...]
 
 
 class FeatureMap(nn.Module):
@@ -54,12 +75,25 @@ class FeatureMap(nn.Module):
         """Features F per head."""
         return 2 * self.spec.num_frequencies
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor) -> Features:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, function=None, **arguments):
+        """`features`, or what function(self, query, key, **arguments) returns.
+
+        Whatever needs the parameters runs inside this call, because only a module's call fires the hooks that bring
+        offloaded or sharded parameters.
+        """
+        function = function or type(self).features
+        return function(self, query, key, **arguments)
+
+    def features(self, query: torch.Tensor, key: torch.Tensor) -> Features:
         """Maps queries (B, H, Tq, d) and keys (B, K, Tk, d), of any floating dtype, to float32 features."""
         query, key = query.float(), key.float()
         if self.spec.key_heads == "query":
             key = key.repeat_interleave(self.spec.num_heads // self.spec.num_key_value_heads, dim=1)
         return Features(*self.query_features(query), *self.key_features(key))
+
+    def spectrum(self) -> Spectrum | None:
+        """What the fused kernels need to compute these features; None for a map that they do not know."""
+        return None
 
     def query_features(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 queries (B, H, T, d) -> features (B, H, T, F) and log scale (B, H, T)."""
@@ -95,6 +129,12 @@ class FeatureMap(nn.Module):
             init.copy_(parameter, self.query_parameters[name][::stride])
 
 
+@functools.cache
+def constant_zeros(size: int, device: torch.device) -> torch.Tensor:
+    """float32 zeros (size,) that nobody writes to, made once per device."""
+    return torch.zeros(size, device=device)
+
+
 def project(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
     """float32 (B, H, T, d) times (H', d, n) -> (B, H, T, n); H is a multiple of H'."""
     return x @ per_head(frequencies, x)
@@ -128,6 +168,20 @@ class FlexformerFeatureMap(FeatureMap):
     @property
     def nonstationary(self) -> bool:
         return self.spec.variant == "nonstationary"
+
+    def _spectrum(self, query_factor: torch.Tensor, key_factor: torch.Tensor) -> Spectrum:
+        def tensors(parameters: nn.ParameterDict, heads: int, factor: torch.Tensor):
+            names = ("w1", "w2", "log_amplitude")
+            found = (parameters[name].float() if name in parameters else None for name in names)
+            return tuple(
+                x if x is None or x.shape[0] == heads else x.repeat_interleave(heads // x.shape[0], 0)
+                for x in (*found, factor)
+            )
+
+        query, key = self._maps()
+        return Spectrum(
+            tensors(query, self.spec.num_heads, query_factor), tensors(key, self.spec.num_state_heads, key_factor)
+        )
 
     def _frequency_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = (self.spec.head_dim, self.spec.num_frequencies)
@@ -168,6 +222,10 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
             torch.cat([envelope + phase, envelope - phase], -1) + per_head(parameters["log_amplitude"], x)[:, None]
         )
         return log_features - 0.5 * math.log(self.num_features)
+
+    def spectrum(self) -> Spectrum:
+        norm_factor = self.norm_factor.float()
+        return self._spectrum(constant_zeros(self.spec.num_heads, norm_factor.device), self._NORM_UNIT * norm_factor)
 
     def query_features(self, query):
         return from_log(self._log_features(query, self._maps()[0]))
@@ -212,6 +270,10 @@ class TrigonometricFeatureMap(FlexformerFeatureMap):
 
     def _log_norm_factor(self, x: torch.Tensor) -> torch.Tensor:
         return x.square().sum(-1) * (-per_head(self.tau, x)).exp()[:, None]
+
+    def spectrum(self) -> Spectrum:
+        factor = (-self.tau.float()).exp()
+        return self._spectrum(factor, factor)
 
     def query_features(self, query):
         return self._features(query, self._maps()[0]), self._log_norm_factor(query)

@@ -54,6 +54,7 @@ def flexformer_attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         visible=visible_keys(attention_mask, key.shape[-2]),
         memory=cache_layer.memory if cache_layer else None,
+        keep_memory=cache_layer is not None,
     )
     if cache_layer is not None:
         cache_layer.remember(memory)

@@ -35,7 +35,7 @@ class RowSums:
 class State:
     """What is kept of all keys seen so far, at a size that does not depend on their number."""
 
-    values: torch.Tensor  # (B, S, F, D + 1): sum_j exp(w_j - m) phi(k_j) [v_j, 1]^T
+    values: torch.Tensor  # (B, S, D + 1, F): sum_j exp(w_j - m) [v_j, 1] phi(k_j)^T
     norms: torch.Tensor  # (B, S): sum_j exp(w_j - m) |phi(k_j)|
     maximum: torch.Tensor  # (B, S): m, the largest log-weight seen
 
@@ -44,7 +44,7 @@ class State:
         """The state before any key."""
         batch, heads, _, size = features.key.shape
         return cls(
-            values=features.key.new_zeros(batch, heads, size, value.shape[-1] + 1),
+            values=features.key.new_zeros(batch, heads, value.shape[-1] + 1, size),
             norms=features.key.new_zeros(batch, heads),
             maximum=features.key.new_full((batch, heads), -torch.inf),
         )
@@ -91,7 +91,7 @@ def bidirectional_sums(features: Features, value: torch.Tensor) -> RowSums:
     """Row sums of attention in which every query sees every key: one state serves all queries."""
     query = _grouped(features.query, features.key.shape[1])
     _, state = _summarise(features.key, features.key_log_weight, _with_ones(value))
-    sums = query @ state.values[:, :, None]
+    sums = query @ state.values[:, :, None].transpose(-1, -2)
     bound = query.norm(dim=-1) * state.norms[:, :, None, None]
     maximum = state.maximum[:, :, None, None].expand(bound.shape)
     return _ungrouped(sums, bound, maximum)
@@ -108,13 +108,13 @@ def recurrent_sums(features: Features, value: torch.Tensor, state: State | None 
         log_weight = features.key_log_weight[:, :, t]
         maximum = torch.maximum(state.maximum, log_weight.detach())
         decay, weight = (state.maximum - _finite(maximum)).exp(), (log_weight - _finite(maximum)).exp()
-        update = (weight[..., None] * features.key[:, :, t])[..., None] * value[:, :, t, None]
+        update = value[:, :, t, :, None] * (weight[..., None] * features.key[:, :, t])[..., None, :]
         state = State(
             values=decay[..., None, None] * state.values + update,
             norms=decay * state.norms + weight * norm[:, :, t],
             maximum=maximum,
         )
-        sums = query[:, :, :, t, None] @ state.values[:, :, None]
+        sums = query[:, :, :, t, None] @ state.values[:, :, None].transpose(-1, -2)
         bound = query[:, :, :, t, None].norm(dim=-1) * state.norms[:, :, None, None]
         rows.append(_ungrouped(sums, bound, maximum[:, :, None, None].expand(bound.shape)))
     fields = ("numerator", "denominator", "bound", "maximum")
@@ -172,7 +172,7 @@ def _block_sums(query, key, log_weight, value, state):
     prefix_norm = (rescale @ norms[..., None]).squeeze(-1)
 
     carried = (before[..., :-1, None] - row_scale).exp()[:, :, None, ..., None]
-    sums = scores @ value[:, :, None] + carried * (query @ prefix[:, :, None, :-1])
+    sums = scores @ value[:, :, None] + carried * (query @ prefix[:, :, None, :-1].transpose(-1, -2))
     bound = within_bound + carried * prefix_norm[:, :, None, :-1, None, None]
     bound = bound * query.norm(dim=-1, keepdim=True)
     maximum = row_maximum[:, :, None, ..., None].expand(bound.shape)
@@ -185,7 +185,7 @@ def _summarise(key, log_weight, value):
     """Keys (..., T, F), log-weights (..., T), values (..., T, D + 1) -> their maxima (...) and `State`."""
     maximum = log_weight.detach().amax(-1)
     weight = (log_weight - _finite(maximum)[..., None]).exp()
-    values = (key * weight[..., None]).transpose(-1, -2) @ value
+    values = value.transpose(-1, -2) @ (key * weight[..., None])
     return maximum, State(values, (weight * key.norm(dim=-1)).sum(-1), maximum)
 
 

@@ -1,0 +1,345 @@
+"""Kernels of attention transfer in linear memory: rows of the teacher and of the student, tile by tile.
+
+A tile is a block of queries (rows) by a block of keys (columns); no program ever holds more of the T x T maps. Far keys
+are those that the student's kernel weighs, near ones those that its softmax window weighs; the teacher sees both. A
+student's weight is
+
+    far:  far_scale_i exp(w_j - m_i) <phi(q_i), phi(k_j)>        near:  exp2(logit_ij - near_shift_i)
+
+with w the keys' log-weights and m_i the largest among a row's far keys. Logits, shifts and sums of logarithms are in
+units of log 2, log-weights in natural ones. All tensors are contiguous, so a head is a matrix with one token per row.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("Attention transfer in linear memory needs triton.") from error
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def finite(maximum):
+    """Zero in place of the maximum of no keys, so that exp2(-inf - maximum) is 0 and not NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def head_of(X, pair, LENGTH, SIZE):
+    """The matrix (LENGTH, SIZE) of one head of one sequence."""
+    return X + pair.to(tl.int64) * LENGTH * SIZE
+
+
+@triton.jit
+def load_tokens(X, index, LENGTH, SIZE, BLOCK: tl.constexpr):
+    """Tokens as rows: (TILE, BLOCK)."""
+    d = tl.arange(0, BLOCK)
+    return tl.load(X + index[:, None] * SIZE + d[None, :], (index < LENGTH)[:, None] & (d < SIZE)[None, :], 0.0)
+
+
+@triton.jit
+def store_tokens(X, x, index, LENGTH, SIZE, BLOCK: tl.constexpr):
+    d = tl.arange(0, BLOCK)
+    tl.store(X + index[:, None] * SIZE + d[None, :], x, (index < LENGTH)[:, None] & (d < SIZE)[None, :])
+
+
+@triton.jit
+def seen_pairs(VISIBLE, row, column, LENGTH, DELAY, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+    """Which keys (columns) queries (rows) see, if they see them `DELAY` positions late; a tile or a transposed one."""
+    valid = column < LENGTH
+    if MASKED:
+        valid = valid & (tl.load(VISIBLE + column, valid, 0) != 0)
+    seen = (row < LENGTH) & valid
+    if CAUSAL:
+        seen = seen & (row - column >= DELAY)
+    return seen
+
+
+@triton.jit
+def add_softmax(logits, maximum, total):
+    """A running maximum and sum of exp2(logits - maximum), after one more tile."""
+    larger = tl.maximum(maximum, tl.max(logits, 1))
+    scale = finite(larger)
+    total = total * tl.exp2(maximum - scale) + tl.sum(tl.exp2(logits - scale[:, None]), 1)
+    return larger, total
+
+
+@triton.jit
+def products(x, y, PRECISION: tl.constexpr):
+    """Every row of x (X, SIZE) times every row of y (Y, SIZE): (X, Y)."""
+    return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+
+
+@triton.jit
+def far_weights(LOG_WEIGHT, row_maximum, column, far, LENGTH):
+    """The keys' weights exp(w_j - m_i); 0 where a key is not far."""
+    log_weight = tl.load(LOG_WEIGHT + column, column < LENGTH, float("-inf"))
+    return tl.where(far, tl.exp2((log_weight - row_maximum) * LOG2E), 0.0)
+
+
+@triton.jit
+def forward_kernel(
+    Q_FEATURES, K_FEATURES, LOG_WEIGHT, K_NORM, ROW_MAXIMUM, MIX, Q, K, V, VISIBLE, ROWS, TEACHER, STUDENT, STATISTICS,
+    TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, GUARD, LEAST_WEIGHT,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, CALIBRATED: tl.constexpr, MASKED: tl.constexpr,
+    VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both outputs and, per row, the losses and the statistics that the backward pass needs.
+
+    The first walk over the keys gives every denominator, so that the second knows each weight exactly, and with it
+    which weights lie below the least that the cross-entropy distinguishes.
+    """
+    # later rows see more keys, so their programs start first
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    pair = tl.program_id(1)
+    batch, head = pair // HEADS, pair % HEADS
+    state_pair = batch * STATE_HEADS + head // (HEADS // STATE_HEADS)
+    kv_pair = batch * KV_HEADS + head // (HEADS // KV_HEADS)
+    K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
+    LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
+    K_NORM = head_of(K_NORM, state_pair, LENGTH, 1)
+    K, V = head_of(K, kv_pair, LENGTH, D), head_of(V, kv_pair, LENGTH, DV)
+    VISIBLE += batch * LENGTH
+
+    row = start + tl.arange(0, QUERIES)
+    inside = row < LENGTH
+    query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
+    q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+    row_maximum = tl.load(head_of(ROW_MAXIMUM, state_pair, LENGTH, 1) + row, inside, float("-inf"))
+    scale = finite(row_maximum)
+    end = tl.minimum(start + QUERIES, LENGTH) if CAUSAL else LENGTH
+
+    maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
+    near_maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total, near_total = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
+    far_total, bound = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
+    for first in range(0, end, KEYS):
+        column = first + tl.arange(0, KEYS)
+        seen = seen_pairs(VISIBLE, row[:, None], column[None, :], LENGTH, 0, CAUSAL, MASKED)
+        key = load_tokens(K, column, LENGTH, D, BLOCK_D)
+        logits = products(query, key, PRECISION) * SCALE
+        logits = tl.where(seen, logits, float("-inf"))
+        maximum, total = add_softmax(logits, maximum, total)
+        far = seen
+        if WINDOWED:
+            far = seen & (row[:, None] - column[None, :] >= WINDOW)
+            near_maximum, near_total = add_softmax(tl.where(far, float("-inf"), logits), near_maximum, near_total)
+        k_features = load_tokens(K_FEATURES, column, LENGTH, F, BLOCK_F)
+        weight = far_weights(LOG_WEIGHT, scale[:, None], column[None, :], far, LENGTH)
+        far_total += tl.sum(products(q_features, k_features, PRECISION) * weight, 1)
+        if SIGNED:
+            bound += tl.sum(weight * tl.load(K_NORM + column, column < LENGTH, 0.0)[None, :], 1)
+
+    log_sum = finite(maximum) + tl.log2(tl.where(total > 0, total, 1.0))
+    least = GUARD
+    if SIGNED:
+        bound *= tl.sqrt(tl.sum(q_features * q_features, 1))
+        least = GUARD * bound
+    guarded = far_total < least
+    far_total = tl.maximum(far_total, least)
+    denominator = far_total
+    near_shift = finite(near_maximum)
+    far_scale = tl.full((QUERIES,), 1.0, tl.float32)
+    if WINDOWED:
+        # logarithm of the kernel part's weight against the window's; the larger of the two is scaled to 1
+        mix = tl.load(head_of(MIX, pair, LENGTH, 1) + row, inside, 0.0)
+        if CALIBRATED:
+            mix = (mix + row_maximum) * LOG2E - near_shift
+        else:
+            mix *= LOG2E
+        larger = tl.maximum(mix, 0.0)
+        near_shift += larger
+        far_scale = tl.exp2(mix - larger)
+        denominator = far_scale * far_total + tl.exp2(-larger) * near_total
+    denominator = tl.where(denominator == 0, 1.0, denominator)
+    far_scale /= denominator
+    near_shift += tl.log2(denominator)
+
+    cross_entropy, entropy = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
+    negative, kept = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
+    teacher = tl.zeros((QUERIES, BLOCK_V), tl.float32)
+    student = tl.zeros((QUERIES, BLOCK_V), tl.float32)
+    for first in range(0, end, KEYS):
+        column = first + tl.arange(0, KEYS)
+        seen = seen_pairs(VISIBLE, row[:, None], column[None, :], LENGTH, 0, CAUSAL, MASKED)
+        key = load_tokens(K, column, LENGTH, D, BLOCK_D)
+        logits = products(query, key, PRECISION) * SCALE
+        share = tl.where(seen, tl.exp2(logits - log_sum[:, None]), 0.0)
+        far = seen
+        if WINDOWED:
+            far = seen & (row[:, None] - column[None, :] >= WINDOW)
+        k_features = load_tokens(K_FEATURES, column, LENGTH, F, BLOCK_F)
+        weight = far_weights(LOG_WEIGHT, scale[:, None], column[None, :], far, LENGTH) * far_scale[:, None]
+        weight *= products(q_features, k_features, PRECISION)
+        if WINDOWED:
+            weight = tl.where(far, weight, tl.where(seen, tl.exp2(logits - near_shift[:, None]), 0.0))
+        entropy += tl.sum(share * (log_sum[:, None] - logits), 1)
+        cross_entropy -= tl.sum(share * tl.log2(tl.maximum(weight, LEAST_WEIGHT)), 1)
+        kept += tl.sum(tl.where(weight >= LEAST_WEIGHT, share, 0.0), 1)
+        if SIGNED:
+            negative += tl.sum(tl.maximum(-weight, 0.0), 1)
+        value = load_tokens(V, column, LENGTH, DV, BLOCK_V).to(VALUE_DTYPE)
+        teacher = tl.dot(share.to(VALUE_DTYPE), value, teacher, input_precision=PRECISION)
+        student = tl.dot(weight.to(VALUE_DTYPE), value, student, input_precision=PRECISION)
+
+    store_tokens(head_of(TEACHER, pair, LENGTH, DV), teacher, row, LENGTH, DV, BLOCK_V)
+    store_tokens(head_of(STUDENT, pair, LENGTH, DV), student, row, LENGTH, DV, BLOCK_V)
+    ROWS = head_of(ROWS, pair, LENGTH, 1) + row
+    tl.store(ROWS, cross_entropy * LN2, inside)
+    tl.store(ROWS + TOKENS, entropy * LN2, inside)
+    tl.store(ROWS + 2 * TOKENS, negative, inside)
+    STATISTICS = head_of(STATISTICS, pair, LENGTH, 1) + row
+    tl.store(STATISTICS, log_sum, inside)
+    tl.store(STATISTICS + TOKENS, far_scale, inside)
+    tl.store(STATISTICS + 2 * TOKENS, far_scale * far_total, inside)
+    tl.store(STATISTICS + 3 * TOKENS, kept, inside)
+    tl.store(STATISTICS + 4 * TOKENS, tl.where(guarded, bound if SIGNED else 1.0, 0.0), inside)
+
+
+@triton.jit
+def load_row_numbers(STATISTICS, GRADIENTS, row, TOKENS, LENGTH):
+    """Of each row: its log-sum and far scale; the gradients of cross-entropy and negative mass, what the denominator
+    takes off every gradient, and the gradient of the bound over the norm of a key."""
+    inside = row < LENGTH
+    return (
+        tl.load(STATISTICS + row, inside, 0.0),
+        tl.load(STATISTICS + TOKENS + row, inside, 0.0),
+        tl.load(GRADIENTS + row, inside, 0.0),
+        tl.load(GRADIENTS + TOKENS + row, inside, 0.0),
+        tl.load(GRADIENTS + 2 * TOKENS + row, inside, 0.0),
+        tl.load(GRADIENTS + 3 * TOKENS + row, inside, 0.0),
+    )
+
+
+@triton.jit
+def product_gradient(
+    logits, by_weight, product, weight, far, log_sum, far_scale, d_cross_entropy, d_negative, common, LEAST_WEIGHT,
+    SIGNED: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile's products <phi(q_i), phi(k_j)>, and each student's weight times its gradient.
+
+    `by_weight` is the gradient of the student's weights through its output.
+    """
+    scaled = weight * far_scale
+    student = scaled * product
+    # the cross-entropy's gradient by a weight is -share / weight; weights below the least have none
+    kept = far & (student >= LEAST_WEIGHT)
+    share = tl.where(kept, d_cross_entropy * tl.exp2(logits - log_sum), 0.0)
+    if SIGNED:
+        by_weight -= tl.where(student < 0, d_negative, 0.0)
+    gradient = scaled * (by_weight - common) - share / tl.where(kept, product, 1.0)
+    return gradient, student * by_weight - share
+
+
+@triton.jit
+def query_gradient_kernel(
+    Q_FEATURES, K_FEATURES, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, STATISTICS, D_STUDENT, GRADIENTS,
+    D_FEATURES, D_FAR,
+    TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
+    VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries' features, and of the logarithm of the far weights' common factor, denominator apart."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    pair = tl.program_id(1)
+    batch, head = pair // HEADS, pair % HEADS
+    state_pair = batch * STATE_HEADS + head // (HEADS // STATE_HEADS)
+    kv_pair = batch * KV_HEADS + head // (HEADS // KV_HEADS)
+    K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
+    LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
+    K, V = head_of(K, kv_pair, LENGTH, D), head_of(V, kv_pair, LENGTH, DV)
+    VISIBLE += batch * LENGTH
+
+    row = start + tl.arange(0, QUERIES)
+    query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
+    q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+    d_student = load_tokens(head_of(D_STUDENT, pair, LENGTH, DV), row, LENGTH, DV, BLOCK_V)
+    scale = finite(tl.load(head_of(ROW_MAXIMUM, state_pair, LENGTH, 1) + row, row < LENGTH, 0.0))[:, None]
+    log_sum, far_scale, d_cross_entropy, d_negative, common, _ = load_row_numbers(
+        head_of(STATISTICS, pair, LENGTH, 1), head_of(GRADIENTS, pair, LENGTH, 1), row[:, None], TOKENS, LENGTH
+    )
+    end = tl.minimum(start + QUERIES - WINDOW, LENGTH) if CAUSAL else LENGTH
+    d_features, d_far = tl.zeros((QUERIES, BLOCK_F), tl.float32), tl.zeros((QUERIES,), tl.float32)
+    for first in range(0, end, KEYS):
+        column = first + tl.arange(0, KEYS)
+        far = seen_pairs(VISIBLE, row[:, None], column[None, :], LENGTH, WINDOW, CAUSAL, MASKED)
+        key = load_tokens(K, column, LENGTH, D, BLOCK_D)
+        value = load_tokens(V, column, LENGTH, DV, BLOCK_V).to(VALUE_DTYPE)
+        k_features = load_tokens(K_FEATURES, column, LENGTH, F, BLOCK_F)
+        logits = products(query, key, PRECISION) * SCALE
+        by_weight = products(d_student, value, PRECISION)
+        product = products(q_features, k_features, PRECISION)
+        weight = far_weights(LOG_WEIGHT, scale, column[None, :], far, LENGTH)
+        gradient, by_log = product_gradient(
+            logits, by_weight, product, weight, far, log_sum, far_scale, d_cross_entropy, d_negative, common,
+            LEAST_WEIGHT, SIGNED,
+        )  # fmt: skip
+        d_features = tl.dot(
+            gradient.to(FEATURE_DTYPE), k_features.to(FEATURE_DTYPE), d_features, input_precision=PRECISION
+        )
+        if WINDOWED:
+            d_far += tl.sum(by_log, 1)
+    store_tokens(head_of(D_FEATURES, pair, LENGTH, F), d_features, row, LENGTH, F, BLOCK_F)
+    if WINDOWED:
+        tl.store(head_of(D_FAR, pair, LENGTH, 1) + row, d_far, row < LENGTH)
+
+
+@triton.jit
+def key_gradient_kernel(
+    Q_FEATURES, K_FEATURES, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, STATISTICS, D_STUDENT, GRADIENTS,
+    D_FEATURES, D_NORM,
+    TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
+    VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the keys' features, their norms apart, and of these norms; a key map's query heads are summed."""
+    start, state_pair = tl.program_id(0) * KEYS, tl.program_id(1)
+    group = HEADS // STATE_HEADS
+    batch, first_head = state_pair // STATE_HEADS, state_pair % STATE_HEADS * group
+    kv_pair = batch * KV_HEADS + first_head // (HEADS // KV_HEADS)
+    VISIBLE += batch * LENGTH
+    LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
+    ROW_MAXIMUM = head_of(ROW_MAXIMUM, state_pair, LENGTH, 1)
+
+    column = start + tl.arange(0, KEYS)
+    key = load_tokens(head_of(K, kv_pair, LENGTH, D), column, LENGTH, D, BLOCK_D)
+    value = load_tokens(head_of(V, kv_pair, LENGTH, DV), column, LENGTH, DV, BLOCK_V).to(VALUE_DTYPE)
+    k_features = load_tokens(head_of(K_FEATURES, state_pair, LENGTH, F), column, LENGTH, F, BLOCK_F)
+    begin = (start + WINDOW) // QUERIES * QUERIES if CAUSAL else 0
+    d_features, d_norm = tl.zeros((KEYS, BLOCK_F), tl.float32), tl.zeros((KEYS,), tl.float32)
+    tiles = tl.cdiv(tl.maximum(LENGTH - begin, 0), QUERIES)
+    for step in range(0, group * tiles):
+        pair = batch * HEADS + first_head + step // tiles
+        row = begin + step % tiles * QUERIES + tl.arange(0, QUERIES)
+        far = seen_pairs(VISIBLE, row[None, :], column[:, None], LENGTH, WINDOW, CAUSAL, MASKED)
+        query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
+        q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+        d_student = load_tokens(head_of(D_STUDENT, pair, LENGTH, DV), row, LENGTH, DV, BLOCK_V)
+        scale = finite(tl.load(ROW_MAXIMUM + row, row < LENGTH, 0.0))[None, :]
+        log_sum, far_scale, d_cross_entropy, d_negative, common, d_bound = load_row_numbers(
+            head_of(STATISTICS, pair, LENGTH, 1), head_of(GRADIENTS, pair, LENGTH, 1), row[None, :], TOKENS, LENGTH
+        )
+        logits = products(key, query, PRECISION) * SCALE
+        by_weight = products(value, d_student, PRECISION)
+        product = products(k_features, q_features, PRECISION)
+        weight = far_weights(LOG_WEIGHT, scale, column[:, None], far, LENGTH)
+        gradient, _ = product_gradient(
+            logits, by_weight, product, weight, far, log_sum, far_scale, d_cross_entropy, d_negative, common,
+            LEAST_WEIGHT, SIGNED,
+        )  # fmt: skip
+        d_features = tl.dot(
+            gradient.to(FEATURE_DTYPE),
+            q_features.to(FEATURE_DTYPE),
+            d_features,
+            input_precision=PRECISION,
+        )
+        if SIGNED:
+            d_norm += tl.sum(weight * d_bound, 1)
+    store_tokens(head_of(D_FEATURES, state_pair, LENGTH, F), d_features, column, LENGTH, F, BLOCK_F)
+    if SIGNED:
+        tl.store(head_of(D_NORM, state_pair, LENGTH, 1) + column, d_norm, column < LENGTH)

@@ -1,0 +1,51 @@
+"""Which implementation computes attention: the fused Triton kernels, or plain torch."""
+
+import functools
+import os
+
+import torch
+
+VARIABLE = "FLEXDISTILL_BACKEND"
+
+
+def fused_operators(device: torch.device):
+    """The fused operators' module for tensors on `device`, or None where torch computes.
+
+    Triton serves on CUDA when it can run. `FLEXDISTILL_BACKEND=triton` or `torch` overrides; with `TRITON_INTERPRET=1`
+    as well, Triton's interpreter serves on CPU.
+
+    Raises:
+        RuntimeError: if the variable asks for a backend that does not exist or cannot run.
+    """
+    return _fused_operators(device.type, device.index, os.environ.get(VARIABLE))
+
+
+@functools.cache
+def _fused_operators(kind: str, index: int | None, asked: str | None):
+    if asked not in (None, "triton", "torch"):
+        raise RuntimeError(f"{VARIABLE}={asked} names no backend; choose triton or torch, or leave it unset.")
+    if asked == "torch" or (asked is None and kind != "cuda"):
+        return None
+    obstacle = _obstacle(kind, index)
+    if obstacle is None:
+        from .fused import FusedAttention
+
+        return FusedAttention
+    if asked == "triton":
+        raise RuntimeError(f"{VARIABLE}=triton cannot run: {obstacle}; unset it or choose torch.")
+    return None
+
+
+def _obstacle(kind: str, index: int | None) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if kind != "cuda":
+        return f"the tensors are on {kind}"
+    capability = torch.cuda.get_device_capability(index)
+    return (
+        None if capability >= (8, 0) else f"the GPU has compute capability {capability[0]}.{capability[1]}, below 8.0"
+    )

@@ -1,0 +1,407 @@
+"""Fused forward pass of linear attention: segments' states, their running sums, then outputs.
+
+A program walks one segment of one head chunk by chunk and keeps the state on chip. Segments run side by side: the state
+before each comes from a first pass over the keys and a scan, so keys are read twice and features never leave the chip.
+One segment per head needs neither. Keys enter the state `DELAY` positions late when a window covers the nearest.
+
+Exponents are relative to the largest log-weight up to the end of a chunk, which is exact enough for all of its rows
+unless they see log-weights that lie further than `SHARED_SCALE_LIMIT` below it. A segment in which that happens is
+flagged, and a second launch of the same kernel, which leaves all other segments alone, gives each of its rows a scale
+of its own.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
+
+from .triton_features import (
+    LN2,
+    LOG2E,
+    add_column_sums,
+    feature_norm,
+    features,
+    finite,
+    load_amplitude,
+    load_frequencies,
+    log_features,
+    phases,
+    times_row,
+)
+
+# log2 by which the largest log-weight that a row sees may lie below that of its chunk
+SHARED_SCALE_LIMIT = tl.constexpr(32.0)
+
+
+@triton.jit
+def segment_bounds(SEGMENTS, segment, LENGTH, SEGMENT_LENGTH, PACKED: tl.constexpr):
+    """First position, last position + 1, and the first key of the segment's sequence."""
+    if PACKED:
+        start = tl.load(SEGMENTS + 3 * segment)
+        end = tl.load(SEGMENTS + 3 * segment + 1)
+        first = tl.load(SEGMENTS + 3 * segment + 2)
+    else:
+        start = segment * SEGMENT_LENGTH
+        end = tl.minimum(start + SEGMENT_LENGTH, LENGTH)
+        first = 0
+    return start, end, first
+
+
+@triton.jit
+def load_rows(X, stride, index, valid, first, SIZE, BLOCK: tl.constexpr):
+    """Tokens as rows, their entries from `first` on: (C, BLOCK)."""
+    d = first + tl.arange(0, BLOCK)
+    return tl.load(X + index.to(tl.int64)[:, None] * stride + d[None, :], valid[:, None] & (d < SIZE)[None, :], 0.0)
+
+
+@triton.jit
+def valid_keys(VISIBLE, index, end, first, position, MASKED: tl.constexpr):
+    """Which positions hold a key that may be seen."""
+    valid = (position < end) & (index >= first)
+    if MASKED:
+        valid = valid & (tl.load(VISIBLE + index, valid, 0) != 0)
+    return valid
+
+
+@triton.jit
+def load_state(VALUES, NORMS, record, first, DV, N, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Both halves (N, BLOCK_V) of a record's values, both of its mass, repeated in 16 rows, and its norms."""
+    n, d = tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_V)
+    VALUES += record.to(tl.int64) * (DV + 1) * 2 * N
+    offsets = n[:, None] + d[None, :] * 2 * N
+    inside = (n < N)[:, None] & (d < DV)[None, :]
+    values_a = tl.load(VALUES + offsets, inside, 0.0)
+    values_b = tl.load(VALUES + N + offsets, inside, 0.0)
+    mass_a = tl.load(VALUES + DV * 2 * N + n, n < N, 0.0)
+    mass_b = tl.load(VALUES + DV * 2 * N + N + n, n < N, 0.0)
+    rows = tl.zeros((16, BLOCK_N), tl.float32)
+    return values_a, values_b, rows + mass_a[None, :], rows + mass_b[None, :], tl.load(NORMS + record)
+
+
+@triton.jit
+def store_state(
+    VALUES, NORMS, MAXIMUM, record, first, DV, N, values_a, values_b, mass_a, mass_b, norms, maximum,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    n, d = tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_V)
+    VALUES += record.to(tl.int64) * (DV + 1) * 2 * N
+    offsets = n[:, None] + d[None, :] * 2 * N
+    inside = (n < N)[:, None] & (d < DV)[None, :]
+    tl.store(VALUES + offsets, values_a, inside)
+    tl.store(VALUES + N + offsets, values_b, inside)
+    if first == 0:
+        tl.store(VALUES + DV * 2 * N + n, tl.max(mass_a, 0), n < N)
+        tl.store(VALUES + DV * 2 * N + N + n, tl.max(mass_b, 0), n < N)
+        tl.store(NORMS + record, norms)
+        tl.store(MAXIMUM + record, maximum)
+
+
+@triton.jit
+def key_phases(
+    key, w1, w2, AMPLITUDE, head, N, factor, valid,
+    BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk of keys: log features (equal to the phases for the trigonometric component), phases, amplitudes, and
+    the log2 of each key's norm factor and of its largest weighted feature; -inf where not valid."""
+    phase, modulation = phases(key, w1, w2, NONSTATIONARY, PRECISION)
+    # loaded anew for every chunk, because as vectors along rows they would take many registers for good
+    plus = load_amplitude(AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
+    positive, negative = phase, phase
+    norm = tl.where(valid, factor * tl.sum(key.to(tl.float32) * key.to(tl.float32), 1), float("-inf"))
+    largest = norm
+    if HYPERBOLIC:
+        minus = load_amplitude(AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
+        positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
+        largest += tl.max(tl.maximum(positive, negative), 1)
+    return positive, negative, phase, modulation, plus, norm, largest
+
+
+@triton.jit
+def state_unit(N, HYPERBOLIC: tl.constexpr):
+    """log2 of the factor 1 / sqrt(2 N) that hyperbolic features carry outside the kernels and not inside."""
+    return 0.5 * tl.log2(2.0 * N) if HYPERBOLIC else 0.0
+
+
+@triton.jit
+def states_kernel(
+    K, V, VISIBLE, W1, W2, AMPLITUDE, NORM_FACTOR, INITIAL_VALUES, INITIAL_NORMS, INITIAL_MAXIMUM,
+    VALUES, NORMS, MAXIMUM, SEGMENTS,
+    k_batch, k_head, k_token, v_batch, v_head, v_token,
+    STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY, D, DV, N,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, MASKED: tl.constexpr, INITIAL: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The state of each segment's keys alone; that of the first starts from the initial state."""
+    segment, pair, first_value = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_V
+    batch, head = pair // STATE_HEADS, pair % STATE_HEADS
+    kv_head = head // (STATE_HEADS // KV_HEADS)
+    K += batch.to(tl.int64) * k_batch + kv_head * k_head
+    V += batch.to(tl.int64) * v_batch + kv_head * v_head
+    VISIBLE += batch.to(tl.int64) * KEYS
+    start, end, first = segment_bounds(SEGMENTS, segment, LENGTH, SEGMENT_LENGTH, PACKED)
+    w1, w2 = load_frequencies(W1, W2, head, D, N, 1.0, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE)
+    factor = tl.load(NORM_FACTOR + head) * LOG2E
+    values_a = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    values_b = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    mass_a, mass_b = tl.zeros((16, BLOCK_N), tl.float32), tl.zeros((16, BLOCK_N), tl.float32)
+    norms, maximum = 0.0, float("-inf")
+    if INITIAL:
+        if segment == 0:
+            values_a, values_b, mass_a, mass_b, norms = load_state(
+                INITIAL_VALUES, INITIAL_NORMS, pair, first_value, DV, N, BLOCK_N, BLOCK_V
+            )
+            maximum = tl.load(INITIAL_MAXIMUM + pair) * LOG2E + state_unit(N, HYPERBOLIC)
+    for chunk in tl.range(start, end, CHUNK, num_stages=STAGES):
+        position = chunk + tl.arange(0, CHUNK)
+        index = position - DELAY
+        valid = valid_keys(VISIBLE, index, end, first, position, MASKED)
+        key = load_rows(K, k_token, index, valid, 0, D, BLOCK_D).to(DTYPE)
+        value = load_rows(V, v_token, index, valid, first_value, DV, BLOCK_V).to(DTYPE)
+        positive, negative, phase, modulation, plus, norm, largest = key_phases(
+            key, w1, w2, AMPLITUDE, head, N, factor, valid, BLOCK_N, HYPERBOLIC, NONSTATIONARY, PRECISION
+        )
+        new = tl.maximum(maximum, tl.max(largest, 0))
+        shift = finite(new) - norm
+        a, b = features(positive, negative, phase, modulation, shift, plus, HYPERBOLIC, NONSTATIONARY)
+        decay = tl.exp2(maximum - finite(new))
+        a, b = a.to(DTYPE), b.to(DTYPE)
+        ones = tl.full((CHUNK,), 1.0, tl.float32)
+        mass_a = add_column_sums(mass_a * decay, ones, a, PRECISION)
+        mass_b = add_column_sums(mass_b * decay, ones, b, PRECISION)
+        values_a = tl.dot(tl.trans(a), value, values_a * decay, input_precision=PRECISION)
+        values_b = tl.dot(tl.trans(b), value, values_b * decay, input_precision=PRECISION)
+        if not HYPERBOLIC:
+            norms = norms * decay + tl.sum(feature_norm(modulation, shift, plus, NONSTATIONARY), 0)
+        maximum = new
+    store_state(
+        VALUES, NORMS, MAXIMUM, pair * RECORDS + segment, first_value, DV, N,
+        values_a, values_b, mass_a, mass_b, norms, maximum, BLOCK_N, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def scan_kernel(
+    VALUES, NORMS, MAXIMUM, RUNNING, SEGMENTS, SIZE, RECORDS,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Running sums over segments' records (pairs, RECORDS, SIZE), in place, each scaled to its own maximum.
+
+    Forwards, the maximum runs along and goes to `RUNNING`. In reverse, `MAXIMUM` holds what each record is scaled to,
+    which falls towards the start, and record r is that of segment r + 1.
+    """
+    pair, offsets = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    carry = tl.zeros((BLOCK,), tl.float32)
+    norms, carried = 0.0, float("-inf")
+    for step in range(RECORDS):
+        record = RECORDS - 1 - step if REVERSE else step
+        place = pair * RECORDS + record
+        own = tl.load(MAXIMUM + place)
+        target = VALUES + place.to(tl.int64) * SIZE + offsets
+        x = tl.load(target, offsets < SIZE, 0.0)
+        starts = step == 0
+        if PACKED:
+            if REVERSE:
+                following = tl.load(SEGMENTS + 3 * record + 8, step > 0, -1)
+                starts = starts | (tl.load(SEGMENTS + 3 * record + 5) != following)
+            else:
+                starts = starts | (tl.load(SEGMENTS + 3 * record) == tl.load(SEGMENTS + 3 * record + 2))
+        if REVERSE:
+            new = own
+            decay, weight = tl.exp2(own - finite(carried)), 1.0
+        else:
+            carried = tl.where(starts, float("-inf"), carried)
+            new = tl.maximum(carried, own)
+            decay, weight = tl.exp2(carried - finite(new)), tl.exp2(own - finite(new))
+        decay = tl.where(starts, 0.0, decay)
+        carry = carry * decay + x * weight
+        tl.store(target, carry, offsets < SIZE)
+        if tl.program_id(1) == 0:
+            norms = norms * decay + tl.load(NORMS + place) * weight
+            tl.store(NORMS + place, norms)
+            if not REVERSE:
+                tl.store(RUNNING + place, new)
+        carried = new
+
+
+@triton.jit
+def outputs_kernel(
+    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, Q_NORM_FACTOR, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR, GATE,
+    VALUES, NORMS, MAXIMUM, INITIAL_VALUES, INITIAL_NORMS, INITIAL_MAXIMUM,
+    FINAL_VALUES, FINAL_NORMS, FINAL_MAXIMUM, NEAR, NEAR_LSE,
+    OUT, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, ROW_LSE, FLAGS, SEGMENTS,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
+    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY, D, DV, N, SCALE, GUARD,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Normalised outputs of one segment of queries, and what the backward pass needs of each row.
+
+    That is the log2 of the scale that the row's keys are relative to, and of what its features are divided by to make
+    attention weights of their products; whether the guard raised its sum; with a window, the log2 of the whole sum.
+    """
+    segment, pair, first_value = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_V
+    FLAGS += pair * tl.num_programs(0) + segment
+    if EXACT:
+        if tl.load(FLAGS) == 0:
+            return
+    batch, head = pair // HEADS, pair % HEADS
+    kv_head, state_head = head // (HEADS // KV_HEADS), head // (HEADS // STATE_HEADS)
+    state_pair = batch * STATE_HEADS + state_head
+    Q += batch.to(tl.int64) * q_batch + head * q_head
+    K += batch.to(tl.int64) * k_batch + kv_head * k_head
+    V += batch.to(tl.int64) * v_batch + kv_head * v_head
+    VISIBLE += batch.to(tl.int64) * KEYS
+    OUT += batch.to(tl.int64) * o_batch + head * o_head
+    NEAR += batch.to(tl.int64) * o_batch + head * o_head
+    rows = pair.to(tl.int64) * LENGTH
+
+    start, end, first = segment_bounds(SEGMENTS, segment, LENGTH, SEGMENT_LENGTH, PACKED)
+    q_w1, q_w2 = load_frequencies(Q_W1, Q_W2, head, D, N, SCALE, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE)
+    if CAUSAL:
+        k_w1, k_w2 = load_frequencies(
+            K_W1, K_W2, state_head, D, N, 1.0, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE
+        )
+        k_factor = tl.load(K_NORM_FACTOR + state_head) * LOG2E
+    values_a = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    values_b = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    mass_a, mass_b = tl.zeros((16, BLOCK_N), tl.float32), tl.zeros((16, BLOCK_N), tl.float32)
+    norms, maximum = 0.0, float("-inf")
+    # causal: the sum over earlier segments; else that over all
+    record = segment - 1 if CAUSAL else RECORDS - 1
+    carries = record >= 0
+    if PACKED:
+        carries = start > first
+    if carries:
+        values_a, values_b, mass_a, mass_b, norms = load_state(
+            VALUES, NORMS, state_pair * RECORDS + record, first_value, DV, N, BLOCK_N, BLOCK_V
+        )
+        maximum = tl.load(MAXIMUM + state_pair * RECORDS + record)
+    if INITIAL:
+        if segment == 0:
+            values_a, values_b, mass_a, mass_b, norms = load_state(
+                INITIAL_VALUES, INITIAL_NORMS, state_pair, first_value, DV, N, BLOCK_N, BLOCK_V
+            )
+            maximum = tl.load(INITIAL_MAXIMUM + state_pair) * LOG2E + state_unit(N, HYPERBOLIC)
+
+    flag = start * 0
+    place = tl.arange(0, CHUNK)
+    for chunk in tl.range(start, end, CHUNK, num_stages=STAGES):
+        position = chunk + place
+        inside = position < end
+        query = load_rows(Q, q_token, position, inside, 0, D, BLOCK_D).to(DTYPE)
+        if CAUSAL:
+            index = position - DELAY
+            valid = valid_keys(VISIBLE, index, end, first, position, MASKED)
+            key = load_rows(K, k_token, index, valid, 0, D, BLOCK_D).to(DTYPE)
+            value = load_rows(V, v_token, index, valid, first_value, DV, BLOCK_V).to(DTYPE)
+            positive, negative, phase, modulation, plus, norm, largest = key_phases(
+                key, k_w1, k_w2, K_AMPLITUDE, state_head, N, k_factor, valid,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, PRECISION,
+            )  # fmt: skip
+            new = tl.maximum(maximum, tl.max(largest, 0))
+            shift = finite(new) - norm
+            k_a, k_b = features(positive, negative, phase, modulation, shift, plus, HYPERBOLIC, NONSTATIONARY)
+            k_a, k_b = k_a.to(DTYPE), k_b.to(DTYPE)
+            if EXACT:
+                own = tl.where(valid, largest - norm, 0.0)
+                own_a, own_b = features(positive, negative, phase, modulation, own, plus, HYPERBOLIC, NONSTATIONARY)
+                own_a, own_b = own_a.to(DTYPE), own_b.to(DTYPE)
+            if not HYPERBOLIC:
+                k_norm = feature_norm(modulation, tl.zeros_like(norm), plus, NONSTATIONARY)
+        phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
+        plus = load_amplitude(Q_AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
+        positive, negative = phase, phase
+        q_scale = tl.zeros((CHUNK,), tl.float32)
+        if HYPERBOLIC:
+            minus = load_amplitude(Q_AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
+            positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
+            q_scale = tl.max(tl.maximum(positive, negative), 1)
+        q_a, q_b = features(positive, negative, phase, modulation, q_scale, plus, HYPERBOLIC, NONSTATIONARY)
+        q_a, q_b = q_a.to(DTYPE), q_b.to(DTYPE)
+        if not HYPERBOLIC:
+            q_norm = feature_norm(modulation, q_scale, plus, NONSTATIONARY)
+        reference = tl.zeros((CHUNK,), tl.float32) + maximum
+        bound = tl.zeros((CHUNK,), tl.float32) + norms
+        output = tl.dot(q_a, values_a.to(DTYPE), input_precision=PRECISION)
+        output = tl.dot(q_b, values_b.to(DTYPE), output, input_precision=PRECISION)
+        total = times_row(q_a, mass_a, PRECISION) + times_row(q_b, mass_b, PRECISION)
+        if CAUSAL:
+            causal = position[:, None] >= position[None, :]
+            if EXACT:
+                visible = tl.where(causal, largest[None, :], float("-inf"))
+                reference = tl.maximum(maximum, tl.max(visible, 1))
+                scores = tl.dot(q_a, tl.trans(own_a), input_precision=PRECISION)
+                scores = tl.dot(q_b, tl.trans(own_b), scores, input_precision=PRECISION)
+                scores *= tl.exp2(visible - finite(reference)[:, None])
+            else:
+                scores = tl.dot(q_a, tl.trans(k_a), input_precision=PRECISION)
+                scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=PRECISION)
+                scores = tl.where(causal, scores, 0.0)
+                reference = tl.zeros((CHUNK,), tl.float32) + new
+                if new - maximum > SHARED_SCALE_LIMIT:
+                    # the first row that sees any key lies furthest below
+                    first_key = tl.min(tl.where(valid, place, CHUNK), 0)
+                    sees = place >= tl.where(maximum > float("-inf"), 0, first_key)
+                    reference = tl.where(sees, reference, float("-inf"))
+                    lowest = tl.maximum(maximum, tl.max(tl.where(place == first_key, largest, float("-inf")), 0))
+                    flag = tl.where(new - lowest > SHARED_SCALE_LIMIT, 1, flag)
+            carried = tl.exp2(maximum - finite(reference))
+            total = total * carried + tl.sum(scores, 1)
+            output = tl.dot(scores.to(DTYPE), value, output * carried[:, None], input_precision=PRECISION)
+            decay = tl.exp2(maximum - finite(new))
+            values_a = tl.dot(tl.trans(k_a), value, values_a * decay, input_precision=PRECISION)
+            values_b = tl.dot(tl.trans(k_b), value, values_b * decay, input_precision=PRECISION)
+            ones = tl.full((CHUNK,), 1.0, tl.float32)
+            mass_a = add_column_sums(mass_a * decay, ones, k_a, PRECISION)
+            mass_b = add_column_sums(mass_b * decay, ones, k_b, PRECISION)
+            if not HYPERBOLIC:
+                weights = tl.exp2(tl.where(causal, norm[None, :], float("-inf")) - finite(reference)[:, None])
+                bound = bound * carried + tl.sum(weights * k_norm[None, :], 1)
+                norms = norms * decay + tl.sum(k_norm * tl.exp2(-shift), 0)
+            maximum = new
+
+        least = tl.zeros((CHUNK,), tl.float32) + GUARD
+        if not HYPERBOLIC:
+            least = GUARD * bound * q_norm
+        guarded = (total < least) & (reference > float("-inf"))
+        total = tl.maximum(total, least)
+        output = output / tl.where(total == 0, 1.0, total)[:, None]
+        empty = (reference == float("-inf")) | (total == 0)
+        row_shift = tl.where(empty, float("inf"), q_scale + tl.log2(total))
+        if WINDOW:
+            squared = tl.sum(query.to(tl.float32) * query.to(tl.float32), 1) * SCALE * SCALE
+            factors = (tl.load(Q_NORM_FACTOR + head) * squared + tl.load(GATE + head)) * LOG2E
+            factors += reference - 2.0 * state_unit(N, HYPERBOLIC)
+            far = tl.where(empty, float("-inf"), row_shift + factors)
+            near = tl.load(NEAR_LSE + rows + position, inside, float("-inf"))
+            larger = tl.maximum(far, near)
+            lse = larger + tl.log2(tl.exp2(far - finite(larger)) + tl.exp2(near - finite(larger)))
+            near_output = load_rows(NEAR, o_token, position, inside, first_value, DV, BLOCK_V).to(tl.float32)
+            output = output * tl.exp2(far - finite(lse))[:, None]
+            output += near_output * tl.exp2(near - finite(lse))[:, None]
+            row_shift = tl.where(empty, float("inf"), finite(lse) - factors)
+            if first_value == 0:
+                tl.store(ROW_LSE + rows + position, lse, inside)
+        if first_value == 0:
+            tl.store(ROW_REFERENCE + rows + position, reference, inside)
+            tl.store(ROW_SHIFT + rows + position, row_shift, inside)
+            tl.store(ROW_GUARDED + rows + position, guarded.to(tl.int8), inside)
+        d = first_value + tl.arange(0, BLOCK_V)
+        tl.store(
+            OUT + position.to(tl.int64)[:, None] * o_token + d[None, :],
+            output.to(OUT.dtype.element_ty),
+            inside[:, None] & (d < DV)[None, :],
+        )
+    if not EXACT:
+        if first_value == 0:
+            tl.store(FLAGS, flag)
+    if FINAL:
+        if (segment == tl.num_programs(0) - 1) & (head % (HEADS // STATE_HEADS) == 0):
+            store_state(
+                FINAL_VALUES, FINAL_NORMS, FINAL_MAXIMUM, state_pair, first_value, DV, N, values_a, values_b,
+                mass_a, mass_b, norms, (maximum - state_unit(N, HYPERBOLIC)) * LN2, BLOCK_N, BLOCK_V,
+            )  # fmt: skip
