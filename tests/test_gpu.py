@@ -6,11 +6,14 @@ import torch
 from flexdistill.pipeline import convert
 from flexdistill.recipe import Recipe
 from flexdistill.runtime.attention import attend
+from flexdistill.runtime.backend import VARIABLE
 from flexdistill.runtime.configuration_flexformer import KernelSpec
 from flexdistill.runtime.registry import build_feature_map, kernels
 
+from .runtime.reference import reference_attention
 from .tiny import save_tiny, tiny_llama, tiny_tokenizer
 
+LARGEST_SIZE = {torch.float32: 64, torch.bfloat16: 128}
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -54,3 +57,94 @@ def test_conversion_on_gpu(tmp_path):
     assert metrics["device"] != "cpu"
     assert metrics["reload_max_logit_difference"] <= 1e-5
     assert metrics["student"]["kl"] < metrics["rows"][-1]["kl"]
+
+
+SHAPES = [  # batch, heads, KV heads, length, size
+    (2, 8, 4, 1, 64),
+    (2, 4, 2, 1037, 64),
+    (1, 4, 4, 700, 128),
+    (2, 4, 2, 300, 80),
+    (512, 8, 8, 70, 64),
+]
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "size"), SHAPES)
+@pytest.mark.parametrize("component", ["hyperbolic", "trigonometric"])
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (64, True), (0, False)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_fused_kernels_equal_float64(
+    batch, heads, kv_heads, length, size, component, window, causal, dtype, tolerance, monkeypatch
+):
+    if size > LARGEST_SIZE[dtype]:
+        pytest.skip("too large for the fused kernels in this dtype")
+    monkeypatch.setenv(VARIABLE, "triton")
+    torch.manual_seed(0)
+    spec = KernelSpec("nonstationary", component, heads, kv_heads, size, size, False, window=window, causal=causal)
+    feature_map = build_feature_map(spec)
+    feature_map.reset_parameters()
+    with torch.no_grad():
+        for parameter in feature_map.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    feature_map.cuda()
+    query, key, value = (
+        torch.randn(batch, n, length, size, device="cuda", dtype=dtype, requires_grad=True)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    visible = torch.ones(batch, length, dtype=torch.bool, device="cuda")
+    visible[-1, : length // 3] = False
+    parameters = dict(feature_map.named_parameters())
+    leaves = [query, key, value, *parameters.values()]
+    output, _ = attend(feature_map, query, key, value, scaling=size**-0.5, visible=visible, keep_memory=False)
+    few = slice(-2, None)  # the reference holds every pair times every feature
+    expected = reference_attention(feature_map, parameters, query[few], key[few], value[few], size**-0.5, visible[few])
+    direction = torch.zeros_like(output)
+    direction[few] = torch.randn_like(direction[few])
+    actual = torch.autograd.grad((output * direction).float().sum(), leaves, materialize_grads=True)
+    wanted = torch.autograd.grad((expected * direction[few].double()).sum(), leaves, materialize_grads=True)
+    assert (output[few].double() - expected).norm() <= tolerance * expected.norm()
+    scale = max(float(x.double().norm()) for x in wanted)
+    for ours, theirs in zip(actual, wanted, strict=True):
+        error = (ours.double() - theirs.double()).norm()
+        assert error <= 2 * tolerance * max(float(theirs.double().norm()), 0.02 * scale)
+
+
+def test_fused_state_continues(monkeypatch):
+    """Prefill, decoding and prefill again give what one pass gives, in bf16 at 64 sequences."""
+    monkeypatch.setenv(VARIABLE, "triton")
+    torch.manual_seed(0)
+    feature_map = build_feature_map(KernelSpec("nonstationary", "hyperbolic", 8, 4, 64, 64, False))
+    feature_map.reset_parameters()
+    feature_map.cuda()
+    tensors = [torch.randn(64, heads, 700, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 4, 4)]
+    with torch.no_grad():
+        expected, _ = attend(feature_map, *tensors, scaling=0.125, keep_memory=False)
+        outputs, memory, start = [], None, 0
+        for size in (600, 1, 1, 1, 97):
+            part = [x[:, :, start : start + size] for x in tensors]
+            output, memory = attend(feature_map, *part, scaling=0.125, memory=memory)
+            outputs.append(output)
+            start += size
+    output = torch.cat(outputs, dim=2)
+    assert (output.float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
+
+
+def test_fused_log_weights_over_120(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton")
+    torch.manual_seed(0)
+    feature_map = build_feature_map(KernelSpec("nonstationary", "hyperbolic", 2, 2, 64, 64, False))
+    feature_map.reset_parameters()
+    feature_map.cuda()
+    query, key, value = (torch.randn(2, 2, 300, 64, device="cuda", requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        feature_map.norm_factor.fill_(10.0)
+        lengths = torch.linspace(0, 120, 100, device="cuda").repeat(3).sqrt()
+        key *= lengths[:, None] / key.norm(dim=-1, keepdim=True)
+    parameters = dict(feature_map.named_parameters())
+    output, _ = attend(feature_map, query, key, value, scaling=0.125, keep_memory=False)
+    expected = reference_attention(feature_map, parameters, query, key, value, 0.125)
+    assert (output.double() - expected).norm() <= 1e-4 * expected.norm()
+    direction = torch.randn_like(output)
+    actual = torch.autograd.grad((output * direction).sum(), [query, key, value])
+    wanted = torch.autograd.grad((expected * direction).sum(), [query, key, value])
+    for ours, theirs in zip(actual, wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()

@@ -6,13 +6,12 @@ what is quadratic runs in the kernels of `triton_transfer`. Time stays quadratic
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from ..losses import LEAST_WEIGHT, AttentionRows, over_queries, relative_output_error
-from ..runtime.attention import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, _features
-from ..runtime.feature_maps import FeatureMap
+from ..runtime.attention import _features
+from ..runtime.backend import fused_operators
+from ..runtime.feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, FeatureMap
 
 # statistics and losses are kept as rows of one tensor: how many of each
 _ROWS, _STATISTICS = 3, 5
@@ -24,12 +23,10 @@ _INTERPRETED_BYTES = 227 * 1024
 
 
 def can_run(feature_map: FeatureMap, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `tiled_rows` can run on these inputs outside Triton's interpreter: on NVIDIA's GPUs since Ampere."""
+    """Whether `tiled_rows` can run on these inputs: where the fused kernels do, in at most single precision."""
     return (
-        query.device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and importlib.util.find_spec("triton") is not None
+        fused_operators(query.device) is not None
+        and max(x.dtype.itemsize for x in (query, key, value)) <= 4
         and _tiles(feature_map.num_features, query, key, value) is not None
     )
 
@@ -66,35 +63,38 @@ def tiled_rows(
     """
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise ValueError("Attention transfer trains kernels only: detach queries, keys and values.")
+    with torch.autocast(query.device.type, enabled=False):
+        return feature_map(query, key, _tiled_rows, value=value, scaling=scaling, visible=visible)
+
+
+def _tiled_rows(feature_map, query, key, *, value, scaling, visible) -> AttentionRows:
     spec = feature_map.spec
     window = spec.window if spec.causal else 0
-    with torch.autocast(query.device.type, enabled=False):
-        features = _features(feature_map, query, key, scaling, visible)
-        mix = features.query_log_scale
-        if window:
-            gate = GATE_UNIT * feature_map.window_gate.float()[:, None]
-            mix = gate + mix if feature_map.calibrated else gate.expand(mix.shape)
-        log_weight = features.key_log_weight
-        if not query.is_cuda:  # Triton's interpreter cannot multiply bf16
-            query, key, value = query.float(), key.float(), value.float()
-        logits_dtype = torch.promote_types(query.dtype, key.dtype)
-        rows, teacher, student, _ = transfer_op(
-            features.query.contiguous(),
-            features.key.contiguous(),
-            log_weight.contiguous(),
-            mix.contiguous(),
-            _row_maxima(log_weight.detach(), spec.causal, window),
-            features.key.detach().norm(dim=-1),
-            query.to(logits_dtype).contiguous(),
-            key.to(logits_dtype).contiguous(),
-            value.contiguous(),
-            None if visible is None else visible.to(torch.uint8).contiguous(),
-            scaling,
-            window,
-            spec.causal,
-            feature_map.signed,
-            feature_map.calibrated,
-        )
+    features = _features(feature_map, query, key, scaling, visible)
+    log_weight, mix = features.key_log_weight, features.query_log_scale
+    if window:
+        gate = GATE_UNIT * feature_map.window_gate.float()[:, None]
+        mix = gate + mix if feature_map.calibrated else gate.expand(mix.shape)
+    if not query.is_cuda:  # Triton's interpreter cannot multiply bf16
+        query, key, value = query.float(), key.float(), value.float()
+    logits_dtype = torch.promote_types(query.dtype, key.dtype)
+    rows, teacher, student, _ = transfer_op(
+        features.query.contiguous(),
+        features.key.contiguous(),
+        log_weight.contiguous(),
+        mix.contiguous(),
+        _row_maxima(log_weight.detach(), spec.causal, window),
+        features.key.detach().norm(dim=-1),
+        query.to(logits_dtype).contiguous(),
+        key.to(logits_dtype).contiguous(),
+        value.contiguous(),
+        None if visible is None else visible.to(torch.uint8).contiguous(),
+        scaling,
+        window,
+        spec.causal,
+        feature_map.signed,
+        feature_map.calibrated,
+    )
     return AttentionRows(*rows.unbind(), teacher, student)
 
 

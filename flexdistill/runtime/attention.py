@@ -93,7 +93,7 @@ def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_me
     spec = feature_map.spec
     keep_memory = keep_memory and spec.causal
     fused = fused_operators(query.device)
-    if fused is not None and fused.serves(feature_map, query, key, value):
+    if fused is not None and fused.serves(feature_map, query, value):
         if not keep_memory and memory is None:
             output, guarded = fused.attend(feature_map, query, key, value, scaling, visible)
             _count(guarded)

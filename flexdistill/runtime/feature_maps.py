@@ -14,8 +14,8 @@ from transformers import initialization as init
 
 from .configuration_flexformer import KernelSpec
 
-# least denominator of a row. Signed features can cancel, and one row divided by nearly zero ruins a whole model: a share
-# of the row's Cauchy-Schwarz bound. Positive features cannot cancel, only underflow: a number, as features and weights
+# least denominator of a row. Signed features can cancel, and one row divided by nearly zero ruins a model: a share of
+# the row's Cauchy-Schwarz bound. Positive features cannot cancel, only underflow: a number, as features and weights
 # are at most 1
 SIGNED_GUARD = 0.01
 POSITIVE_GUARD = 1e-30
@@ -58,6 +58,7 @@ class FeatureMap(nn.Module):
         spec: the kernel of the module this map serves.
     """
 
+    has_spectrum = False  # the fused kernels know the features
     signed = False  # features can be negative: rows need the guarded normaliser
     calibrated = True  # log scales approximate the softmax logits, so window and kernel weigh in on one scale
     paper = ""
@@ -91,9 +92,9 @@ class FeatureMap(nn.Module):
             key = key.repeat_interleave(self.spec.num_heads // self.spec.num_key_value_heads, dim=1)
         return Features(*self.query_features(query), *self.key_features(key))
 
-    def spectrum(self) -> Spectrum | None:
-        """What the fused kernels need to compute these features; None for a map that they do not know."""
-        return None
+    def spectrum(self) -> Spectrum:
+        """What the fused kernels need to compute these features."""
+        raise NotImplementedError
 
     def query_features(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 queries (B, H, T, d) -> features (B, H, T, F) and log scale (B, H, T)."""
@@ -164,6 +165,7 @@ class FlexformerFeatureMap(FeatureMap):
     """
 
     paper = "Flexformer, arXiv:2606.27748"
+    has_spectrum = True
 
     @property
     def nonstationary(self) -> bool:

@@ -5,6 +5,7 @@ they are float32; logarithms, sums, states and gradients of parameters are float
 the order in which the GPU runs programs, so equal inputs give equal bits.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ except ImportError as error:
     raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
 
 
+from .backend import VARIABLE
 from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, FeatureMap, constant_zeros
 from .linear_attention import State
 from .triton_backward import delta_kernel, map_gradient_kernel, query_states_kernel, value_gradient_kernel
@@ -26,8 +28,8 @@ from .triton_window import window_forward_kernel, window_key_kernel, window_quer
 
 # one operator namespace per copy of this code, so that a checkpoint's copy does not serve another's model
 NAMESPACE = __name__.replace(".", "_")
-LARGEST_SIZE = 128
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# head sizes and frequencies that a multiprocessor's shared memory can hold
+LARGEST_SIZE = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 # positions per program at least: shorter segments cost more states than they gain parallel work
 _SHORTEST_SEGMENT = 256
 
@@ -60,6 +62,7 @@ class Shape:
     window: int
     segments: int
     segment_length: int
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, query, key, value, w1, k_w1, causal, past, window, segments) -> "Shape":
@@ -68,7 +71,7 @@ class Shape:
         count = segments_of(query, segments)
         return cls(
             batch, heads, key.shape[1], k_w1.shape[0], length, key.shape[2], size, value.shape[3], w1.shape[2],
-            causal, past, window, count, longest,
+            causal, past, window, count, longest, query.dtype,
         )  # fmt: skip
 
     @property
@@ -82,7 +85,7 @@ class Shape:
         return self.window - self.past
 
     def blocks(self, job: str) -> Blocks:
-        return _blocks(job, self.size, self.frequencies)
+        return _blocks(job, self.size, self.frequencies, self.dtype)
 
     def sizes(self, blocks: Blocks) -> dict:
         return dict(
@@ -99,22 +102,13 @@ class Shape:
         return triton.cdiv(self.value_size, min(blocks.values, _power(self.value_size)))
 
 
-_TUNED: dict[str, Blocks] = {
-    "states": Blocks(),
-    "outputs": Blocks(),
-    "query_gradient": Blocks(),
-    "query_states": Blocks(),
-    "key_gradient": Blocks(),
-    "value_gradient": Blocks(),
-    "map_gradient": Blocks(),
-}
-
-
-def _blocks(job: str, size: int, frequencies: int) -> Blocks:
-    blocks = _TUNED[job]
+def _blocks(job: str, size: int, frequencies: int, dtype: torch.dtype) -> Blocks:
+    # the rows of a chunk share one scale, so all jobs of a call must cut the same chunks
+    if dtype == torch.float32:
+        return Blocks(chunk=32, values=64, warps=8)
     if max(size, frequencies) > 64:
-        return Blocks(chunk=32, values=32, warps=8, stages=1)
-    return blocks
+        return Blocks(chunk=32, values=32, warps=8)
+    return Blocks()
 
 
 def segment_length(pairs: int, length: int, processors: int) -> int:
@@ -194,7 +188,7 @@ def _map_gradients(x, x_map, d_features, scale, settings, parts: bool):
     spans = -(-length // span)
     d_x = torch.empty(batch, heads, length, size, dtype=torch.float32 if parts else x.dtype, device=x.device)
     d_map = _floats(x, batch, heads, spans, 2 * size * frequencies + 2 * frequencies + 2)
-    blocks = _blocks("map_gradient", size, frequencies)
+    blocks = _blocks("map_gradient", size, frequencies, x.dtype)
     map_gradient_kernel[(spans, batch * heads)](
         x, *x_map, d_features, d_x, d_map, *_strides(x), heads, w1.shape[0], x.shape[1], length,
         d_features.stride(0), slices, span, size, frequencies, scale,
@@ -283,9 +277,8 @@ def attention_op(
     rows.append(torch.empty_like(rows[0], dtype=torch.int8))
     rows.append(_floats(query, *(rows[0].shape if window else (0,))))
     pairs = (shape.batch, shape.state_heads) if final else (0, 0)
-    finals = (
-        _floats(query, *pairs, shape.value_size + 1, 2 * shape.frequencies), _floats(query, *pairs), _floats(query, *pairs)
-    )  # fmt: skip
+    final_values = _floats(query, *pairs, shape.value_size + 1, 2 * shape.frequencies)
+    finals = (final_values, _floats(query, *pairs), _floats(query, *pairs))
     near, near_lse = output, rows[3]
     if window:
         near, near_lse = _like_output(query, value), torch.empty_like(rows[0])
@@ -339,7 +332,8 @@ def _window_launch(kernel, shape, settings, length, strided, arguments, scaling,
 
 @attention_op.register_fake
 def _(query, key, value, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, gate,
-      initial_values, initial_norms, initial_maximum, segments, first, causal, window, past, scale, scaling, final):  # fmt: skip
+      initial_values, initial_norms, initial_maximum, segments, first, causal, window, past, scale, scaling,
+      final):  # fmt: skip
     batch, heads, length, _ = query.shape
     row = (batch, heads, length)
     pairs = (batch, k_w1.shape[0]) if final else (0, 0)
@@ -471,8 +465,9 @@ def attention_backward_op(
 
 
 @attention_backward_op.register_fake
-def _(d_output, output, row_reference, row_shift, row_guarded, row_lse, row_flags, query, key, value, visible, q_w1, q_w2, q_amplitude,
-      q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, gate, segments, first, causal, window, scale, scaling):  # fmt: skip
+def _(d_output, output, row_reference, row_shift, row_guarded, row_lse, row_flags, query, key, value, visible, q_w1,
+      q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, gate, segments, first, causal, window,
+      scale, scaling):  # fmt: skip
     size = 2 * q_w1.shape[1] * q_w1.shape[2] + 2 * q_w1.shape[2] + 2
     gradients = [x.new_empty(x.shape) for x in (query, key, value)]
     return *gradients, _floats(query, q_w1.shape[0], size), _floats(query, k_w1.shape[0], size)
@@ -547,8 +542,8 @@ def decode_op(
         *_map(k_w1, k_w2, k_amplitude, k_norm_factor), values, norms, maximum, output, guarded,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], batch, heads, state_heads, key.shape[1], size,
         value_size, frequencies, scale, _guard(q_amplitude), BLOCK_D=_power(size), BLOCK_V=_power(value_size),
-        BLOCK_N=_power(frequencies), ROWS=16, SEQUENCES=sequences, GROUP=heads // state_heads, num_warps=4, num_stages=1,
-        **settings,
+        BLOCK_N=_power(frequencies), ROWS=16, SEQUENCES=sequences, GROUP=heads // state_heads,
+        num_warps=4, num_stages=1, **settings,
     )  # fmt: skip
     return output, guarded
 
@@ -565,11 +560,23 @@ class FusedAttention:
     """Attention of a feature map through the fused operators; shapes as in `attention.attend`."""
 
     @staticmethod
-    def serves(feature_map: FeatureMap, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether the kernels know this map and these sizes."""
+    def serves(feature_map: FeatureMap, query: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether the kernels know this map, these sizes and this dtype.
+
+        Raises:
+            ValueError: if they do not, and the environment asks for them.
+        """
         spec = feature_map.spec
-        largest = max(spec.head_dim, spec.num_frequencies, value.shape[-1])
-        return hasattr(feature_map, "_spectrum") and largest <= LARGEST_SIZE and query.dtype in _DTYPES
+        obstacle = None
+        if not feature_map.has_spectrum:
+            obstacle = f"the kernel {spec.variant} is not theirs"
+        elif query.dtype not in LARGEST_SIZE:
+            obstacle = f"they do not compute in {query.dtype}"
+        elif max(spec.head_dim, spec.num_frequencies, value.shape[-1]) > LARGEST_SIZE[query.dtype]:
+            obstacle = f"head size and frequencies may be at most {LARGEST_SIZE[query.dtype]} in {query.dtype}"
+        if obstacle and os.environ.get(VARIABLE) == "triton":
+            raise ValueError(f"{VARIABLE}=triton cannot serve here: {obstacle}; unset it or choose torch.")
+        return obstacle is None
 
     @staticmethod
     def needs_gradient(feature_map: FeatureMap, *tensors: torch.Tensor) -> bool:

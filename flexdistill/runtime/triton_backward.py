@@ -3,8 +3,8 @@
 With P_ij the attention weights, delta_i = d_out_i . out_i and dP_ij = d_out_i . v_j - delta_i, the gradient of query
 features comes from the keys' state, walked forwards, and that of keys and values from the queries' state, walked
 backwards. Features are recomputed on chip. From the gradients of features the last kernel makes those of queries, keys
-and maps; each of its programs writes its own share of the maps', so results do not depend on the order in which programs
-run. A row that the guard raised gets the gradient of its bound instead of its sum.
+and maps; each of its programs writes its own share of the maps', so results do not depend on the order in which
+programs run. A row that the guard raised gets the gradient of its bound instead of its sum.
 """
 
 try:

@@ -13,8 +13,8 @@ from flexdistill.distill import tiled_transfer
 from flexdistill.distill.attention_transfer import attention_rows, is_tiled, quadratic_rows
 from flexdistill.distill.tiled_transfer import tiled_rows, transfer_loss
 from flexdistill.losses import AttentionRows, over_queries, relative_output_error
-from flexdistill.runtime.attention import SIGNED_GUARD
-from flexdistill.runtime.feature_maps import Features
+from flexdistill.runtime.backend import VARIABLE
+from flexdistill.runtime.feature_maps import SIGNED_GUARD, Features
 from flexdistill.runtime.linear_attention import quadratic_scores
 from tests.distill.stages import attention_transfer, sequences, student
 from tests.runtime.kernels import (
@@ -93,7 +93,8 @@ def assert_same(feature_map, parameters, query, key, value, visible=None, tolera
         if theirs is None or theirs.abs().max() <= least:
             assert ours is None or ours.abs().max() <= max(least, 1e-6), index
         else:
-            assert relative_error(ours, theirs) <= 10 * tolerance, index
+            # signed weights that nearly cancel have gradients that magnify rounding
+            assert relative_error(ours, theirs) <= (100 if feature_map.signed else 10) * tolerance, index
 
 
 @every_kernel
@@ -142,7 +143,10 @@ class GivenFeatures:
         self.parameters = [x.requires_grad_() for x in features]
         self.window_gate = torch.zeros(HEADS, device=DEVICE, requires_grad=window > 0)
 
-    def __call__(self, query, key) -> Features:
+    def __call__(self, query, key, function, **arguments):
+        return function(self, query, key, **arguments)
+
+    def features(self, query, key) -> Features:
         return Features(*(x.clone() for x in self.parameters))
 
 
@@ -157,7 +161,7 @@ def test_log_weights_that_span_orders_of_magnitude(signed, sight):
 def test_guarded_rows(sight):
     feature_map = GivenFeatures(24, signed=True, spread=0.5, **sight)
     allowed = torch.ones(24, 24, dtype=torch.bool, device=DEVICE).tril()
-    scores, bound, _ = quadratic_scores(feature_map(None, None), allowed)
+    scores, bound, _ = quadratic_scores(feature_map.features(None, None), allowed)
     guarded = scores.sum(-1) < SIGNED_GUARD * bound
     assert 0.2 < guarded.float().mean() < 0.8
     assert_same(feature_map, feature_map.parameters, *inputs(24), least=1e-4)
@@ -167,8 +171,8 @@ def test_guarded_rows(sight):
 @pytest.mark.parametrize("component", ["hyperbolic", "trigonometric"])
 def test_padded_sequences_leave_the_others_alone(component, sight):
     feature_map = kernel("nonstationary", component, **sight).to(DEVICE)
-    parameters, (query, key, value) = list(feature_map.parameters()), inputs(20)
-    visible = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
+    parameters, (query, key, value) = list(feature_map.parameters()), inputs(9)
+    visible = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
     visible[0] = False
     rows = tiled_rows(feature_map, query, key, value, scaling=SCALING, visible=visible)
     assert not rows.teacher[0].any() and not rows.student[0].any()
@@ -209,13 +213,13 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_is_linear():
     largest = {}
-    for length in (24, 48):
+    for length in (12, 24):
         feature_map = kernel("nonstationary", "trigonometric", window=3).to(DEVICE)
         arguments = inputs(length)
         with LargestTensor() as mode:
             transfer_loss(feature_map, *arguments, scaling=SCALING).backward()
         largest[length] = mode.numel
-    assert largest[48] == 2 * largest[24]
+    assert largest[24] == 2 * largest[12]
 
 
 @every_kernel
@@ -238,7 +242,7 @@ def test_stage_reports_the_same_numbers(name, settings, monkeypatch):
         monkeypatch.setattr(attention_transfer_module, "is_tiled", lambda call, tiled=tiled: tiled)
         stage = attention_transfer(student(name, **settings), negative_mass_weight=2.0)
         with stage.active():
-            losses = stage.backward(sequences(2))
+            losses = stage.backward(sequences(1, length=12))
         results.append((losses, {key: x.grad for key, x in stage.trained().items()}))
     (ours, our_gradients), (theirs, their_gradients) = results
     assert float(ours.total) == pytest.approx(float(theirs.total), rel=1e-5)
@@ -249,14 +253,20 @@ def test_stage_reports_the_same_numbers(name, settings, monkeypatch):
         assert (our_gradients[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, key
 
 
-def test_form_is_chosen_by_device():
+def test_form_is_chosen_by_backend(monkeypatch):
     feature_map = kernel("nonstationary", "hyperbolic").to(DEVICE)
     arguments = call(feature_map, *inputs(5))
+    monkeypatch.delenv(VARIABLE, raising=False)
     assert is_tiled(arguments) == (DEVICE == "cuda")
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert not is_tiled(arguments)
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert is_tiled(arguments)
+    doubles = call(feature_map, *(x.double() for x in inputs(5)))
+    assert not is_tiled(doubles) and attention_rows(doubles).teacher.shape == (2, HEADS, 5, HEAD_DIM - 3)
     other_mask = call(feature_map, *inputs(5))
     other_mask.module.is_causal = False
     assert not is_tiled(other_mask)
-    assert attention_rows(arguments).cross_entropy.shape == (2, HEADS, 5)
 
 
 def test_tiles_shrink_until_they_fit():
@@ -276,7 +286,7 @@ def test_inputs_have_no_gradient():
 def test_operator_is_well_formed():
     feature_map = GivenFeatures(5, signed=True, spread=1.0, window=2)
     query, key, value = inputs(5)
-    features = feature_map(query, key)
+    features = feature_map.features(query, key)
     arguments = (
         features.query.detach().requires_grad_(), features.key.detach().requires_grad_(),
         features.key_log_weight.detach().requires_grad_(), features.query_log_scale.detach().requires_grad_(),

@@ -1,0 +1,250 @@
+"""The fused kernels against plain torch: on CPU through Triton's interpreter, on a GPU for real (tests/test_gpu.py)."""
+
+import pytest
+import torch
+
+from flexdistill.runtime import backend
+from flexdistill.runtime.attention import attend, attention_weights, count_guards
+from flexdistill.runtime.backend import VARIABLE, fused_operators
+from flexdistill.runtime.registry import feature_map_class, kernels
+
+from .kernels import HEADS, KV_HEADS, SCALING, kernel, query_key_value, relative_error
+
+pytest.importorskip("triton")
+FUSED = [pair for pair in kernels() if feature_map_class(*pair).has_spectrum]
+every_fused_kernel = pytest.mark.parametrize(("variant", "component"), FUSED, ids=["-".join(pair) for pair in FUSED])
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Several segments per head at lengths that the interpreter can bear."""
+    monkeypatch.setenv(VARIABLE, "triton")
+    from flexdistill.runtime import fused
+
+    monkeypatch.setattr(fused, "_SHORTEST_SEGMENT", 64)
+
+
+def padding(length: int, side: str) -> torch.Tensor | None:
+    if side == "none":
+        return None
+    visible = torch.ones(2, length, dtype=torch.bool)
+    if side == "left":
+        visible[1, : length // 3] = False
+    elif side == "right":
+        visible[1, length - length // 3 :] = False
+    else:
+        visible[1] = False
+    return visible
+
+
+def both_backends(feature_map, inputs, monkeypatch, **arguments):
+    """(output, gradients of inputs and parameters) by the fused kernels and by torch."""
+    results = []
+    leaves = [*inputs, *feature_map.parameters()]
+    for name in ("triton", "torch"):
+        monkeypatch.setenv(VARIABLE, name)
+        output, _ = attend(feature_map, *inputs, scaling=SCALING, keep_memory=False, **arguments)
+        generator = torch.Generator().manual_seed(5)
+        direction = torch.randn(output.shape, generator=generator).to(output)
+        gradients = torch.autograd.grad((output * direction).sum(), leaves, materialize_grads=True)
+        results.append((output, gradients))
+    return results
+
+
+def assert_same(results, tolerance=2e-5):
+    (output, gradients), (expected, expected_gradients) = results
+    assert relative_error(output, expected) <= tolerance
+    # one scale for all: a gradient that is exactly zero is noise beside the others
+    scale = max(float(x.abs().max()) for x in expected_gradients)
+    assert scale > 0
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert float((actual - wanted).abs().max()) <= tolerance * max(float(wanted.abs().max()), 1e-2 * scale)
+
+
+@every_fused_kernel
+@pytest.mark.parametrize(
+    ("length", "window", "side", "key_heads"),
+    [
+        (1, 0, "none", "query"),
+        (63, 0, "left", "kv"),
+        (130, 0, "right", "query"),
+        (200, 5, "left", "query"),
+        (70, 64, "right", "kv"),
+        (70, 100, "none", "query"),
+    ],
+)
+def test_causal_attention_is_torchs(variant, component, length, window, side, key_heads, monkeypatch):
+    feature_map = kernel(variant, component, window=window, key_heads=key_heads)
+    inputs = query_key_value(length)
+    results = both_backends(feature_map, inputs, monkeypatch, visible=padding(length, side))
+    if length == 1:  # one key has weight 1 whatever the kernel says, so only values have a gradient
+        results = [(output, gradients[2:3]) for output, gradients in results]
+    assert_same(results)
+
+
+@every_fused_kernel
+@pytest.mark.parametrize(("length", "side"), [(63, "left"), (150, "none")])
+def test_bidirectional_attention_is_torchs(variant, component, length, side, monkeypatch):
+    feature_map = kernel(variant, component, causal=False)
+    inputs = query_key_value(length)
+    assert_same(both_backends(feature_map, inputs, monkeypatch, visible=padding(length, side)))
+
+
+@pytest.mark.parametrize(("variant", "component"), [("nonstationary", "hyperbolic"), ("stationary", "trigonometric")])
+@pytest.mark.parametrize("window", [0, 3])
+def test_tied_maps_are_torchs(variant, component, window, monkeypatch):
+    feature_map = kernel(variant, component, tied=True, window=window, key_heads="kv")
+    assert_same(both_backends(feature_map, query_key_value(80), monkeypatch))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_rows_without_keys_are_zero(window, monkeypatch):
+    feature_map = kernel("nonstationary", "hyperbolic", window=window)
+    inputs = query_key_value(70)
+    results = both_backends(feature_map, inputs, monkeypatch, visible=padding(70, "all"))
+    assert_same(results)
+    assert (results[0][0][1] == 0).all()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("window", [0, 2])
+def test_log_weights_over_120(order, window, monkeypatch):
+    """Within one chunk they rise or fall from -60 to 60, so no single scale serves all rows."""
+    feature_map = kernel("nonstationary", "hyperbolic", window=window, noise=0.02)
+    query, key, value = query_key_value(100)
+    with torch.no_grad():
+        feature_map.norm_factor.fill_(10.0)  # exp(|k|^2)
+        lengths = torch.linspace(0, 120, 100)[::order].sqrt()
+        key *= lengths[:, None] / key.norm(dim=-1, keepdim=True)
+    results = both_backends(feature_map, [query, key, value], monkeypatch)
+    assert_same(results, tolerance=3e-4)  # sums over |k|^2 of 120 cancel in float32
+
+
+@every_fused_kernel
+@pytest.mark.parametrize("window", [0, 5])
+def test_state_carries_prefill_and_decoding(variant, component, window):
+    feature_map = kernel(variant, component, window=window, key_heads="kv")
+    query, key, value = (x.detach() for x in query_key_value(100))
+    visible = padding(100, "left")
+    weights = attention_weights(feature_map, query, key, scaling=SCALING, visible=visible)
+    expected = (weights @ value.repeat_interleave(HEADS // KV_HEADS, dim=1)).detach()
+    outputs, memory, start = [], None, 0
+    with torch.no_grad():
+        for size in (70, 1, 1, 1, 27):
+            part = slice(start, start + size)
+            tensors = (x[:, :, part] for x in (query, key, value))
+            output, memory = attend(feature_map, *tensors, scaling=SCALING, visible=visible[:, part], memory=memory)
+            outputs.append(output)
+            start += size
+    assert relative_error(torch.cat(outputs, dim=2), expected) <= 2e-5
+
+
+def test_memory_with_gradients_is_torchs():
+    feature_map = kernel("nonstationary", "hyperbolic")
+    query, key, value = query_key_value(20)
+    half = [[x[:, :, part] for x in (query, key, value)] for part in (slice(0, 10), slice(10, 20))]
+    _, memory = attend(feature_map, *half[0], scaling=SCALING)
+    output, _ = attend(feature_map, *half[1], scaling=SCALING, memory=memory)
+    (gradient,) = torch.autograd.grad(output.sum(), key)
+    assert gradient[:, :, :10].abs().max() > 0  # flows through the memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, monkeypatch):
+    feature_map = kernel("nonstationary", "hyperbolic", window=4)
+    inputs = query_key_value(80, dtype=dtype)
+    monkeypatch.setenv(VARIABLE, "triton")
+    output, _ = attend(feature_map, *inputs, scaling=SCALING, keep_memory=False)
+    weights = attention_weights(feature_map, *(x.float() for x in inputs[:2]), scaling=SCALING)
+    expected = weights @ inputs[2].float().repeat_interleave(HEADS // KV_HEADS, dim=1)
+    assert output.dtype == dtype
+    assert (output.float() - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("length", [1, 90])
+def test_guarded_rows_are_counted(length, monkeypatch):
+    feature_map = kernel("nonstationary", "trigonometric", noise=2.0)
+    inputs = [x.detach() for x in query_key_value(length, scale=5.0)]
+    counts = []
+    for name in ("triton", "torch"):
+        monkeypatch.setenv(VARIABLE, name)
+        with count_guards() as counter, torch.no_grad():
+            attend(feature_map, *inputs, scaling=SCALING)
+        counts.append((int(counter.guarded), counter.rows))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 0
+
+
+def test_equal_inputs_give_equal_bits(monkeypatch):
+    feature_map = kernel("nonstationary", "hyperbolic")
+    inputs = query_key_value(150)
+    first, second = (both_backends(feature_map, inputs, monkeypatch)[0] for _ in range(2))
+    for one, other in zip([first[0], *first[1]], [second[0], *second[1]], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_operators_fit_torch():
+    """Schemas, fake kernels and autograd registration."""
+    from flexdistill.runtime.fused import attention_op, decode_op
+
+    feature_map = kernel("nonstationary", "hyperbolic", key_heads="kv")
+    query, key, value = (x[:1].detach().requires_grad_() for x in query_key_value(20))
+    spectrum = feature_map.spectrum()
+    gate = torch.zeros(HEADS)
+    arguments = (
+        query,
+        key,
+        value,
+        None,
+        *spectrum.query,
+        *spectrum.key,
+        gate,
+        *(None,) * 5,
+        True,
+        0,
+        0,
+        1.0,
+        0.3,
+        True,
+    )
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(attention_op, arguments, test_utils=checks)
+    *_, values, norms, maximum = attention_op(*arguments)
+    token = [x[:, :, :1].detach() for x in (query, key, value)]
+    maps = [x if x is None else x.detach() for x in (*spectrum.query, *spectrum.key)]
+    torch.library.opcheck(decode_op, (*token, None, *maps, values, norms, maximum, 1.0), test_utils=checks)
+
+
+def test_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    feature_map = kernel("nonstationary", "hyperbolic")
+    inputs = query_key_value(20)
+
+    def function(*inputs):
+        return attend(feature_map, *inputs, scaling=SCALING, keep_memory=False)[0]
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(*inputs), function(*inputs)) <= 1e-6
+
+
+def test_backend_is_chosen_once_and_checked(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert fused_operators(cpu) is None
+    monkeypatch.delenv(VARIABLE)
+    assert fused_operators(cpu) is None
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(RuntimeError, match="choose triton or torch"):
+        fused_operators(cpu)
+    monkeypatch.setenv(VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend._fused_operators.cache_clear()
+    with pytest.raises(RuntimeError, match="cannot run: the tensors are on cpu"):
+        fused_operators(cpu)
+    backend._fused_operators.cache_clear()
+
+
+def test_unknown_kernel_is_refused_when_triton_was_asked_for():
+    with pytest.raises(ValueError, match="hedgehog"):
+        attend(kernel("hedgehog", None), *query_key_value(4), scaling=SCALING)
