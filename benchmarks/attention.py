@@ -41,6 +41,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexdistill.attention_modes import AttentionCall
 from flexdistill.distill.attention_transfer import softmax_weights
+from flexdistill.distill.tiled_transfer import transfer_loss
 from flexdistill.losses import attention_cross_entropy, attention_entropy, relative_output_error
 from flexdistill.runtime.attention import attention_weights
 
@@ -200,7 +201,7 @@ def transfer_torch(feature_map, query, key, value, scaling) -> torch.Tensor:
     return attention_cross_entropy(teacher, student)[0] + relative_output_error(output, student @ value)[0]
 
 
-TRANSFERS = {"torch": transfer_torch}
+TRANSFERS = {"torch": transfer_torch, "fused": transfer_loss}
 
 
 def transfer(results: Results, sizes: Sizes) -> None:

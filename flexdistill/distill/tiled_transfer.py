@@ -17,7 +17,7 @@ from ..runtime.feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Feat
 _ROWS, _STATISTICS = 3, 5
 _LOG2E = 1.4426950408889634
 # tokens of the tile that a program keeps and of those that it walks along, largest first
-_TILES = (64, 32), (32, 32), (32, 16), (16, 16)
+_TILES = (64, 32), (32, 32), (16, 16)
 # of a GPU with the largest on-chip memory; what Triton's interpreter is given, so that tests see its tiles
 _INTERPRETED_BYTES = 227 * 1024
 
@@ -154,7 +154,7 @@ def transfer_op(
         q_features, k_features, log_weight, k_norm, row_maximum, mix, query, key, value, _pointer(visible, mix),
         rows, teacher, student, statistics, *_sizes(q_features, k_features, key, value, window), scaling * _LOG2E,
         SIGNED_GUARD if signed else POSITIVE_GUARD, LEAST_WEIGHT, QUERIES=kept, KEYS=walked, WINDOWED=window > 0,
-        CALIBRATED=calibrated, **_settings(q_features, query, value, visible, causal, signed),
+        CALIBRATED=calibrated, **_settings(q_features, query, value, visible, causal, signed, kept),
     )  # fmt: skip
     return rows, teacher, student, statistics
 
@@ -204,9 +204,9 @@ def transfer_backward_op(
         d_student, gradients,
     )  # fmt: skip
     sizes = (*_sizes(q_features, k_features, key, value, window), scaling * _LOG2E, LEAST_WEIGHT)
-    settings = _settings(q_features, query, value, visible, causal, signed)
-    settings["FEATURE_DTYPE"] = settings["VALUE_DTYPE"]
     kept, walked = _tiles(q_features.shape[-1], query, key, value)
+    settings = _settings(q_features, query, value, visible, causal, signed, kept)
+    settings["FEATURE_DTYPE"] = settings["VALUE_DTYPE"]
     kernels.query_gradient_kernel[_grid(q_features, kept)](
         *tensors, d_q_features, d_far, *sizes, QUERIES=kept, KEYS=walked, WINDOWED=window > 0, **settings
     )
@@ -287,7 +287,7 @@ def _value_dtype(value: torch.Tensor) -> torch.dtype:
     return torch.float32 if value.dtype == torch.float32 else torch.bfloat16
 
 
-def _settings(q_features, query, value, visible, causal, signed) -> dict:
+def _settings(q_features, query, value, visible, causal, signed, kept) -> dict:
     import triton.language as tl
 
     features = _power(q_features.shape[-1])
@@ -301,7 +301,7 @@ def _settings(q_features, query, value, visible, causal, signed) -> dict:
         VALUE_DTYPE=tl.float32 if value.dtype == torch.float32 else tl.bfloat16,
         PRECISION="tf32x3" if _is_exact(query, value) else "tf32",
         # two programs of four warps share a processor where they fit, and one's products hide the other's exponentials
-        num_warps=4 if features <= 128 else 8,
+        num_warps=4 if kept * features <= 64 * 128 else 8,
         num_stages=2,
     )
 

@@ -76,7 +76,7 @@ def products(x, y, PRECISION: tl.constexpr):
 def far_weights(LOG_WEIGHT, row_maximum, column, far, LENGTH):
     """The keys' weights exp(w_j - m_i); 0 where a key is not far."""
     log_weight = tl.load(LOG_WEIGHT + column, column < LENGTH, float("-inf"))
-    return tl.where(far, tl.exp2((log_weight - row_maximum) * LOG2E), 0.0)
+    return tl.exp2(tl.where(far, (log_weight - row_maximum) * LOG2E, float("-inf")))
 
 
 @triton.jit

@@ -30,6 +30,8 @@ from .triton_window import window_forward_kernel, window_key_kernel, window_quer
 NAMESPACE = __name__.replace(".", "_")
 # head sizes and frequencies that a multiprocessor's shared memory can hold
 LARGEST_SIZE = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
+# sequences that share a program when decoding: fewer load the frequencies more often, more leave processors idle
+_SEQUENCES = 8
 # positions per program at least: shorter segments cost more states than they gain parallel work
 _SHORTEST_SEGMENT = 256
 
@@ -136,7 +138,8 @@ def _power(size: int) -> int:
 
 
 def _dtypes(query: torch.Tensor) -> dict:
-    if query.dtype == torch.float32:
+    # Triton's interpreter multiplies bf16 bits as if they were integers
+    if query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1":
         return dict(DTYPE=tl.float32, PRECISION="tf32x3")
     return dict(DTYPE=tl.bfloat16, PRECISION="tf32")
 
@@ -403,11 +406,12 @@ def attention_backward_op(
     flags = dict(settings, CAUSAL=causal)
 
     variants = (False, True) if causal else (False,)
-    working = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
     new = torch.zeros if window else torch.empty  # the last keys of a window never enter the state
 
     blocks = shape.blocks("query_gradient")
     slices = shape.slices(blocks)
+    # slices of values nearly cancel, so they are summed in float32
+    working = torch.bfloat16 if slices == 1 and query.dtype != torch.float32 else torch.float32
     d_features = torch.empty(
         slices, shape.batch, shape.heads, length, 2 * shape.frequencies, dtype=working, device=query.device
     )
@@ -535,7 +539,7 @@ def decode_op(
     del settings["PACKED"]
     output = query.new_empty(batch, heads, 1, value_size)
     guarded = torch.empty(batch, heads, 1, dtype=torch.int8, device=query.device)
-    sequences = min(8, batch)
+    sequences = min(_SEQUENCES, batch)
     visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
     decode_kernel[(state_heads, triton.cdiv(batch, sequences))](
         query, key, value, visible, *_map(q_w1, q_w2, q_amplitude, q_norm_factor)[:3],

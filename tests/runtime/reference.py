@@ -1,7 +1,5 @@
 """Flexformer attention written out pair by pair in float64, straight from its definition: what all forms must equal."""
 
-import math
-
 import torch
 
 from flexdistill.runtime.feature_maps import SIGNED_GUARD, FeatureMap
