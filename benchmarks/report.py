@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from measure import decode_floor_ms, forward_floor_ms
+from measure import decode_floor_ms, forward_floor_ms, reached_limits
 from methods import CUDNN, FLA_NORMALISED, FLASH, OURS
 
 HEADLINE = {"batch": 1, "heads": 32, "head_dim": 64}
@@ -27,7 +27,7 @@ def figures(content: dict) -> list[tuple[str, float | None, str]]:
         theirs = [ms for ms in (headline_ms(part, other, length) for other in others) if ms]
         return ratio(min(theirs, default=None), headline_ms(part, OURS, length))
 
-    limits, rows = content["limits"], []
+    limits, rows = reached_limits(content), []
     for name in (FLASH, CUDNN):
         goal = "3 x" if name == FLASH else "-"
         rows.append((f"causal forward at 8k, faster than {name}", faster("forward", 8192, name), goal))
@@ -63,7 +63,7 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 
 def print_report(content: dict) -> None:
     """All records as one table a part, then the figures."""
-    print(f"\n{content['machine']}  {content['versions']}\n{content['limits']}")
+    print(f"\n{content['machine']}  {content['versions']}\n{reached_limits(content)}")
     for part in dict.fromkeys(record["part"] for record in content["records"]):
         _print_part(part, content)
     for record in content["records"]:
@@ -77,12 +77,12 @@ def print_report(content: dict) -> None:
 
 def _print_part(part: str, content: dict) -> None:
     """Milliseconds, a row a method and a column a size."""
-    records = [record for record in content["records"] if record["part"] == part]
+    records, limits = [record for record in content["records"] if record["part"] == part], reached_limits(content)
     sizes = sorted({_size(record) for record in records})
     table: dict[str, dict[tuple, str]] = {}
     for record in records:
         table.setdefault(record["method"], {})[_size(record)] = _cell(record)
-    floors = {_size(record): floor for record in records if (floor := _floor(record, content["limits"]))}
+    floors = {_size(record): floor for record in records if (floor := _floor(record, limits))}
     if floors:
         table["floor"] = {size: f"{floor:.4g}" for size, floor in floors.items()}
     print(f"\n{part}, milliseconds (* with the launches of Python)")
@@ -133,7 +133,7 @@ def plot(content: dict, path: Path) -> None:
         panel.grid(alpha=0.3)
     lengths = sorted({record["length"] for record in records})
     shape = {name: records[0][name] for name in HEADLINE}
-    floor = [forward_floor_ms(content["limits"], length=length, **shape) for length in lengths]
+    floor = [forward_floor_ms(reached_limits(content), length=length, **shape) for length in lengths]
     panels[0].plot(lengths, floor, "k--", label="floor")
     panels[0].set_ylabel("milliseconds")
     panels[0].legend(fontsize=8)

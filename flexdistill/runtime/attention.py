@@ -67,6 +67,7 @@ def attend(
     visible: torch.Tensor | None = None,
     memory: Memory | None = None,
     keep_memory: bool = True,
+    boundaries: list[int] | None = None,
 ) -> tuple[torch.Tensor, Memory | None]:
     """Attention output and, for a causal layer, the memory after the last key.
 
@@ -80,22 +81,39 @@ def attend(
         visible: (B, T) bool, False at padding.
         memory: what an earlier call returned; the tokens of this call come after its tokens. It may be written to.
         keep_memory: whether the memory is wanted; training does without.
+        boundaries: for a batch of one that holds sequences laid end to end: 0, where each further one starts, and T.
 
     Returns:
         (B, H, T, D) in the query's dtype, 0 where a query sees no key; and the memory, None if it is not kept.
+
+    Raises:
+        ValueError: for boundaries with a memory, in a bidirectional layer, or that do not rise from 0 to T.
     """
+    if boundaries is not None:
+        _check_boundaries(boundaries, query, feature_map.spec.causal and memory is None and not keep_memory)
     arguments = dict(value=value, scaling=scaling, visible=visible, memory=memory, keep_memory=keep_memory)
+    arguments["boundaries"] = boundaries
     with torch.autocast(query.device.type, enabled=False):
         return feature_map(query, key, _attend, **arguments)
 
 
-def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_memory):
+def _check_boundaries(boundaries: list[int], query: torch.Tensor, servable: bool) -> None:
+    rising = all(start < end for start, end in zip(boundaries[:-1], boundaries[1:], strict=True))
+    if not servable or query.shape[0] != 1:
+        raise ValueError(
+            "Packed sequences are for causal layers, in a batch of one, without a memory (keep_memory=False)."
+        )
+    if not rising or boundaries[0] != 0 or boundaries[-1] != query.shape[2]:
+        raise ValueError(f"Boundaries must rise from 0 to the length {query.shape[2]}, not {boundaries}.")
+
+
+def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_memory, boundaries):
     spec = feature_map.spec
     keep_memory = keep_memory and spec.causal
     fused = fused_operators(query.device)
     if fused is not None and fused.serves(feature_map, query, value):
         if not keep_memory and memory is None:
-            output, guarded = fused.attend(feature_map, query, key, value, scaling, visible)
+            output, guarded = fused.attend(feature_map, query, key, value, scaling, visible, boundaries)
             _count(guarded)
             return output, None
         if not fused.needs_gradient(feature_map, query, key, value):
@@ -106,6 +124,15 @@ def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_me
             return output, memory
     if not spec.causal:
         return _attend_without_window(feature_map, query, key, value=value, scaling=scaling, visible=visible), None
+    if boundaries is not None:
+        parts = [slice(*part) for part in zip(boundaries[:-1], boundaries[1:], strict=True)]
+        outputs = []
+        for part in parts:
+            tensors = (x[:, :, part] for x in (query, key, value))
+            seen = None if visible is None else visible[:, part]
+            empty = Memory.empty(key, value, spec.window)
+            outputs.append(_attend_in_torch(feature_map, *tensors, scaling, seen, empty, False)[0])
+        return torch.cat(outputs, dim=2), None
     memory = memory or Memory.empty(key, value, spec.window)
     return _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, keep_memory)
 

@@ -20,9 +20,9 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 def short_segments(monkeypatch):
     """Several segments per head at lengths that the interpreter can bear."""
     monkeypatch.setenv(VARIABLE, "triton")
-    from flexdistill.runtime import fused
+    from flexdistill.runtime import launch
 
-    monkeypatch.setattr(fused, "_SHORTEST_SEGMENT", 64)
+    monkeypatch.setattr(launch, "SHORTEST_SEGMENT", 64)
 
 
 def padding(length: int, side: str) -> torch.Tensor | None:
@@ -105,6 +105,26 @@ def test_rows_without_keys_are_zero(window, monkeypatch):
     results = both_backends(feature_map, inputs, monkeypatch, visible=padding(70, "all"))
     assert_same(results)
     assert (results[0][0][1] == 0).all()
+
+
+@every_fused_kernel
+@pytest.mark.parametrize("window", [0, 5])
+def test_packed_sequences_are_torchs(variant, component, window, monkeypatch):
+    feature_map = kernel(variant, component, window=window)
+    inputs = query_key_value(200, batch=1)
+    results = both_backends(feature_map, inputs, monkeypatch, boundaries=[0, 3, 80, 81, 200])
+    assert_same(results)
+    alone, _ = attend(feature_map, *(x[:, :, 3:80] for x in inputs), scaling=SCALING, keep_memory=False)
+    assert relative_error(results[0][0][:, :, 3:80], alone) <= 2e-5
+
+
+@pytest.mark.parametrize("boundaries", [[0, 3], [1, 20], [0, 9, 9, 20]])
+def test_wrong_boundaries_are_refused(boundaries):
+    inputs = query_key_value(20, batch=1)
+    with pytest.raises(ValueError, match="Boundaries must rise from 0 to the length 20"):
+        attend(kernel("nonstationary", "hyperbolic"), *inputs, scaling=1.0, keep_memory=False, boundaries=boundaries)
+    with pytest.raises(ValueError, match="batch of one, without a memory"):
+        attend(kernel("nonstationary", "hyperbolic"), *inputs, scaling=1.0, boundaries=[0, 20])
 
 
 @pytest.mark.parametrize("rising", [True, False])

@@ -1,0 +1,208 @@
+"""The backward pass of fused attention as a torch operator."""
+
+import torch
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
+
+from .launch import (
+    Shape,
+    blocks_of,
+    floats,
+    guard_of,
+    kernel_settings,
+    key_states,
+    map_tensors,
+    power,
+    processors_of,
+    row_major,
+    scan,
+    segment_length,
+    token_strides,
+    window_launch,
+)
+from .triton_backward import delta_kernel, map_gradient_kernel, query_states_kernel, value_gradient_kernel
+from .triton_backward_features import key_gradient_kernel, query_gradient_kernel
+from .triton_window import window_key_kernel, window_query_kernel
+
+# one operator namespace per copy of this code, so that a checkpoint's copy does not serve another's model
+NAMESPACE = __name__.rsplit(".", 1)[0].replace(".", "_")
+
+
+def _map_gradients(x, x_map, d_features, scale, settings, parts: bool):
+    """Gradients of tokens x, one (B, H, T, d) for each query head, and of each head's map, flat."""
+    w1 = x_map[0]
+    slices, batch, heads, length, _ = d_features.shape
+    size, frequencies = w1.shape[1:]
+    span = segment_length(batch * heads, length, processors_of(x.device))
+    spans = -(-length // span)
+    d_x = torch.empty(batch, heads, length, size, dtype=torch.float32 if parts else x.dtype, device=x.device)
+    d_map = floats(x, batch, heads, spans, 2 * size * frequencies + 2 * frequencies + 2)
+    blocks = blocks_of("map_gradient", size, frequencies, x.dtype)
+    map_gradient_kernel[(spans, batch * heads)](
+        x, *x_map, d_features, d_x, d_map, *token_strides(x), heads, w1.shape[0], x.shape[1], length,
+        d_features.stride(0), slices, span, size, frequencies, scale,
+        BLOCK_D=power(size), BLOCK_N=power(frequencies), CHUNK=blocks.chunk,
+        **{name: settings[name] for name in ("HYPERBOLIC", "NONSTATIONARY", "DTYPE", "PRECISION")},
+        STAGES=blocks.stages, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return d_x, d_map.sum((0, 2))
+
+
+def _query_states(shape, query, q_map, rows, table, scale, guard, flags):
+    """States (B * H, records, D + 1, F) of the queries after each segment, or of all segments' queries."""
+    pairs, records = shape.batch * shape.heads, shape.records
+    size = (shape.value_size + 1) * 2 * shape.frequencies
+    values, norms = floats(query, pairs, records, size), floats(query, pairs, records)
+    if records:
+        maximum = torch.empty_like(norms)
+        blocks = shape.blocks("query_states")
+        flags = {name: flag for name, flag in flags.items() if name != "MASKED"}
+        query_states_kernel[(records, pairs, shape.slices(blocks))](
+            query, *q_map[:3], *rows, values, norms, maximum, table, *token_strides(query, rows[-1]), shape.heads,
+            shape.length, shape.segment_length, records, shape.size, shape.value_size, shape.frequencies, scale, guard,
+            **shape.sizes(blocks), **flags,
+        )  # fmt: skip
+        if records > 1:
+            scan(values, norms, maximum, maximum, table, reverse=True, packed=flags["PACKED"])
+    return values, norms
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+def attention_backward_op(
+    d_output: torch.Tensor,
+    output: torch.Tensor,
+    row_reference: torch.Tensor,
+    row_shift: torch.Tensor,
+    row_guarded: torch.Tensor,
+    row_lse: torch.Tensor,
+    row_flags: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    q_w1: torch.Tensor,
+    q_w2: torch.Tensor | None,
+    q_amplitude: torch.Tensor | None,
+    q_norm_factor: torch.Tensor,
+    k_w1: torch.Tensor,
+    k_w2: torch.Tensor | None,
+    k_amplitude: torch.Tensor | None,
+    k_norm_factor: torch.Tensor,
+    gate: torch.Tensor,
+    segments: torch.Tensor | None,
+    first: torch.Tensor | None,
+    causal: bool,
+    window: int,
+    scale: float,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, and of both maps as flat rows per head (see `split_map`)."""
+    query, key, value, d_output = (row_major(x) for x in (query, key, value, d_output))
+    shape = Shape.of(query, key, value, q_w1, k_w1, causal, 0, window, segments)
+    settings = kernel_settings(q_w2, q_amplitude, visible, segments, query)
+    pairs, length, guard = shape.batch * shape.heads, shape.length, guard_of(q_amplitude)
+    q_map = map_tensors(q_w1, q_w2, q_amplitude, q_norm_factor)
+    k_map = map_tensors(k_w1, k_w2, k_amplitude, k_norm_factor)
+    visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
+    table = q_w1 if segments is None else segments
+
+    delta = torch.empty_like(row_shift)
+    delta_kernel[(triton.cdiv(length, 64), pairs)](
+        output, d_output, delta, *token_strides(output, d_output), shape.heads, length, shape.value_size,
+        BLOCK_V=power(shape.value_size), TILE=64,
+    )  # fmt: skip
+    rows = (row_reference, row_shift, row_guarded, delta, d_output)
+    sizes = (
+        shape.heads, shape.state_heads, shape.kv_heads, length, shape.keys, shape.segment_length, shape.records,
+        shape.delay, shape.size, shape.value_size, shape.frequencies, scale, guard,
+    )  # fmt: skip
+    strides = token_strides(query, key, value, d_output)
+    flags = dict(settings, CAUSAL=causal)
+
+    variants = (False, True) if causal else (False,)
+    new = torch.zeros if window else torch.empty  # the last keys of a window never enter the state
+
+    blocks = shape.blocks("query_gradient")
+    slices = shape.slices(blocks)
+    # slices of values nearly cancel, so they are summed in float32
+    working = torch.bfloat16 if slices == 1 and query.dtype != torch.float32 else torch.float32
+    d_features = torch.empty(
+        slices, shape.batch, shape.heads, length, 2 * shape.frequencies, dtype=working, device=query.device
+    )
+    states = key_states(shape, key, value, visible, k_map, (q_w1,) * 3, table, dict(settings, INITIAL=False))
+    for exact in variants:
+        query_gradient_kernel[(shape.segments, pairs, 2 * slices)](
+            query, key, value, visible, *q_map[:3], *k_map, *states, *rows, d_features, row_flags, table, *strides,
+            *sizes, EXACT=exact, **shape.sizes(blocks), **flags,
+        )  # fmt: skip
+    # without a window a query's norm factor cancels
+    q_factor = q_norm_factor if window else gate
+    d_query, d_q_map = _map_gradients(query, (*q_map[:3], q_factor), d_features, scale, settings, window > 0)
+
+    values, norms = _query_states(shape, query, q_map, rows, table, scale, guard, flags)
+    blocks = shape.blocks("key_gradient")
+    slices = shape.slices(blocks)
+    d_features = new(
+        slices, shape.batch, shape.heads, shape.keys, 2 * shape.frequencies, dtype=working, device=query.device
+    )
+    for exact in variants:
+        key_gradient_kernel[(shape.segments, pairs, 2 * slices)](
+            query, key, value, visible, *q_map[:3], *k_map, values, norms, *rows, d_features, row_flags, table,
+            *strides, *sizes, EXACT=exact, **shape.sizes(blocks), **flags,
+        )  # fmt: skip
+    # final in the inputs' dtype unless parts are yet to be summed
+    parts = window > 0 or shape.heads > shape.kv_heads
+    d_key, d_k_map = _map_gradients(key, k_map, d_features, 1.0, settings, parts)
+
+    blocks = shape.blocks("value_gradient")
+    dtype = torch.float32 if parts else value.dtype
+    d_value = new(shape.batch, shape.heads, shape.keys, shape.value_size, dtype=dtype, device=key.device)
+    for exact in variants:
+        value_gradient_kernel[(shape.segments, pairs, shape.slices(blocks))](
+            query, key, visible, *q_map[:3], *k_map, values, norms, row_reference, row_shift, d_output, d_value,
+            row_flags, table, *token_strides(query, key, d_output), *sizes[:-1], EXACT=exact, **shape.sizes(blocks),
+            **flags,
+        )  # fmt: skip
+    if window:
+        inputs = (visible, q_w1 if first is None else first, row_lse, delta, d_output)
+        for kernel, count, targets in (
+            (window_query_kernel, length, (d_query,)),
+            (window_key_kernel, shape.keys, (d_key, d_value)),
+        ):
+            window_launch(
+                kernel, shape, settings, count, (query, key, value, d_output), (*inputs, *targets), scaling, 0, window
+            )
+    d_key, d_value = (x.unflatten(1, (shape.kv_heads, -1)).sum(2) if parts else x for x in (d_key, d_value))
+    groups = shape.heads // shape.state_heads
+    return (
+        d_query.to(query.dtype),
+        d_key.to(key.dtype),
+        d_value.to(value.dtype),
+        d_q_map,
+        d_k_map.unflatten(0, (shape.state_heads, groups)).sum(1),
+    )
+
+
+@attention_backward_op.register_fake
+def _(d_output, output, row_reference, row_shift, row_guarded, row_lse, row_flags, query, key, value, visible, q_w1,
+      q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, gate, segments, first, causal, window,
+      scale, scaling):  # fmt: skip
+    size = 2 * q_w1.shape[1] * q_w1.shape[2] + 2 * q_w1.shape[2] + 2
+    gradients = [x.new_empty(x.shape) for x in (query, key, value)]
+    return *gradients, floats(query, q_w1.shape[0], size), floats(query, k_w1.shape[0], size)
+
+
+def split_map(flat: torch.Tensor, w1, w2, amplitude):
+    """Flat rows per head -> gradients of W1, W2, amplitudes, norm factor and gate."""
+    size = w1[0].numel()
+    d_w1, d_w2, d_amplitude, d_norm_factor, d_gate = flat.split([size, size, 2 * w1.shape[2], 1, 1], dim=1)
+    return (
+        d_w1.unflatten(1, w1.shape[1:]),
+        None if w2 is None else d_w2.unflatten(1, w1.shape[1:]),
+        None if amplitude is None else d_amplitude,
+        d_norm_factor.squeeze(1),
+        d_gate.squeeze(1),
+    )

@@ -1,0 +1,217 @@
+"""How the fused kernels are launched: sizes, cuts, dtypes, and the states that forward and backward share."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
+
+from .feature_maps import POSITIVE_GUARD, SIGNED_GUARD
+from .triton_forward import scan_kernel, states_kernel
+
+# sequences that share a program when decoding: fewer load the frequencies more often, more leave processors idle
+SEQUENCES = 8
+# positions per program at least: shorter segments cost more states than they gain parallel work
+SHORTEST_SEGMENT = 256
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one job is cut: tokens per step, columns of values per program, warps, pipeline stages."""
+
+    chunk: int = 64
+    values: int = 64
+    warps: int = 4
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and launch settings that all kernels of a call share."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    state_heads: int
+    length: int
+    keys: int
+    size: int
+    value_size: int
+    frequencies: int
+    causal: bool
+    past: int
+    window: int
+    segments: int
+    segment_length: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, query, key, value, w1, k_w1, causal, past, window, segments) -> "Shape":
+        batch, heads, length, size = query.shape
+        longest = segment_length(batch * heads, length, processors_of(query.device))
+        count = segments_of(query, segments)
+        return cls(
+            batch, heads, key.shape[1], k_w1.shape[0], length, key.shape[2], size, value.shape[3], w1.shape[2],
+            causal, past, window, count, longest, query.dtype,
+        )  # fmt: skip
+
+    @property
+    def records(self) -> int:
+        """States kept between segments: one before each but the first, or, both ways, one per segment."""
+        return self.segments - 1 if self.causal else self.segments
+
+    @property
+    def delay(self) -> int:
+        """Positions by which keys enter the state late."""
+        return self.window - self.past
+
+    def blocks(self, job: str) -> Blocks:
+        return blocks_of(job, self.size, self.frequencies, self.dtype)
+
+    def sizes(self, blocks: Blocks) -> dict:
+        return dict(
+            BLOCK_D=power(self.size),
+            BLOCK_N=power(self.frequencies),
+            BLOCK_V=min(blocks.values, power(self.value_size)),
+            CHUNK=blocks.chunk,
+            STAGES=blocks.stages,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+    def slices(self, blocks: Blocks) -> int:
+        return triton.cdiv(self.value_size, min(blocks.values, power(self.value_size)))
+
+
+def blocks_of(job: str, size: int, frequencies: int, dtype: torch.dtype) -> Blocks:
+    # the rows of a chunk share one scale, so all jobs of a call must cut the same chunks
+    if dtype == torch.float32:
+        return Blocks(chunk=32, values=64, warps=8)
+    if max(size, frequencies) > 64:
+        return Blocks(chunk=32, values=32, warps=8)
+    return Blocks()
+
+
+def segment_length(pairs: int, length: int, processors: int) -> int:
+    """Positions per program: as many programs as two per processor, none shorter than `SHORTEST_SEGMENT`."""
+    count = max(1, min(2 * processors // pairs, length // SHORTEST_SEGMENT))
+    return -(-length // (count * 64)) * 64
+
+
+def packed_segments(boundaries: list[int], longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences laid end to end, cut into segments of at most `longest` positions.
+
+    Returns:
+        int32 (N, 3): first position, last + 1, and the first position of the segment's sequence; and int32 (T,), each
+        position's first.
+    """
+    rows, first = [], []
+    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        rows += [(cut, min(cut + longest, end), start) for cut in range(start, end, longest)]
+        first += [start] * (end - start)
+    return (torch.tensor(x, dtype=torch.int32).to(device) for x in (rows, first))
+
+
+def segments_of(query: torch.Tensor, segments: torch.Tensor | None) -> int:
+    """Programs per head."""
+    batch, heads, length, _ = query.shape
+    if segments is not None:
+        return segments.shape[0]
+    return -(-length // segment_length(batch * heads, length, processors_of(query.device)))
+
+
+def processors_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def dtypes(query: torch.Tensor) -> dict:
+    # Triton's interpreter multiplies bf16 bits as if they were integers
+    if query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1":
+        return dict(DTYPE=tl.float32, PRECISION="tf32x3")
+    return dict(DTYPE=tl.bfloat16, PRECISION="tf32")
+
+
+def token_strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def row_major(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def like_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """(B, H, T, D), stored (B, T, H, D) as transformers wants it."""
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+
+
+def floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def kernel_settings(q_w2, q_amplitude, visible, segments, query) -> dict:
+    return dict(
+        HYPERBOLIC=q_amplitude is not None,
+        NONSTATIONARY=q_w2 is not None,
+        MASKED=visible is not None,
+        PACKED=segments is not None,
+        **dtypes(query),
+    )
+
+
+def map_tensors(w1, w2, amplitude, norm_factor) -> tuple[torch.Tensor, ...]:
+    return w1, w1 if w2 is None else w2, w1 if amplitude is None else amplitude, norm_factor
+
+
+def guard_of(amplitude) -> float:
+    return SIGNED_GUARD if amplitude is None else POSITIVE_GUARD
+
+
+def key_states(shape: Shape, key, value, visible, k_map, initial, segments, settings):
+    """States (B * S, records, D + 1, F) of the keys before each segment, or of all segments' keys."""
+    pairs, records = shape.batch * shape.state_heads, shape.records
+    size = (shape.value_size + 1) * 2 * shape.frequencies
+    values, norms = floats(key, pairs, records, size), floats(key, pairs, records)
+    maximum, running = floats(key, pairs, records), floats(key, pairs, records)
+    if records:
+        blocks = shape.blocks("states")
+        states_kernel[(records, pairs, shape.slices(blocks))](
+            key, value, visible, *k_map, *initial, values, norms, maximum, segments, *token_strides(key, value),
+            shape.state_heads, shape.kv_heads, shape.length, shape.keys, shape.segment_length, records, shape.delay,
+            shape.size, shape.value_size, shape.frequencies, **shape.sizes(blocks), **settings,
+        )  # fmt: skip
+        if records == 1:
+            running = maximum
+        else:
+            scan(values, norms, maximum, running, segments, reverse=False, packed=settings["PACKED"])
+    return values, norms, running
+
+
+def scan(values, norms, maximum, running, table, reverse, packed) -> None:
+    pairs, records, size = values.shape
+    scan_kernel[(pairs, triton.cdiv(size, 1024))](
+        values, norms, maximum, running, table, size, records, BLOCK=1024, REVERSE=reverse, PACKED=packed
+    )
+
+
+def window_launch(kernel, shape, settings, length, strided, arguments, scaling, past, window) -> None:
+    query, key, value, output = strided
+    tile = 64 if max(shape.size, shape.value_size) <= 64 else 32
+    kernel[(triton.cdiv(length, tile), shape.batch * shape.heads)](
+        query, key, value, *arguments, *token_strides(query, key, value, output), shape.heads, shape.kv_heads,
+        shape.length, shape.keys, past, window, shape.size, shape.value_size, scaling,
+        BLOCK_D=power(shape.size), BLOCK_V=power(shape.value_size), TILE=tile,
+        MASKED=settings["MASKED"], PACKED=settings["PACKED"], DTYPE=settings["DTYPE"],
+        PRECISION=settings["PRECISION"], num_warps=4, num_stages=1,
+    )  # fmt: skip
