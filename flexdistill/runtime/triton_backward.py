@@ -17,12 +17,12 @@ from .triton_features import (
     LN2,
     LOG2E,
     add_column_sums,
+    amplified,
     feature_norm,
     features,
     finite,
     load_amplitude,
     load_frequencies,
-    log_features,
     phases,
 )
 from .triton_forward import key_phases, load_rows, load_state, segment_bounds, store_state, valid_keys
@@ -99,12 +99,8 @@ def query_states_kernel(
         shift = tl.load(ROW_SHIFT + rows + position, inside, float("inf")) + finite(references) - lower
         delta, bound_delta = load_delta(DELTA, ROW_GUARDED, rows + position, inside, first_value, GUARD, HYPERBOLIC)
         phase, modulation = phases(query, w1, w2, NONSTATIONARY, PRECISION)
-        plus = load_amplitude(AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
-        positive, negative = phase, phase
-        if HYPERBOLIC:
-            minus = load_amplitude(AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
-            positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
-        else:
+        positive, negative, plus = amplified(phase, modulation, AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
+        if not HYPERBOLIC:
             norms -= tl.sum(bound_delta * feature_norm(modulation, shift, plus, NONSTATIONARY), 0)
         a, b = features(positive, negative, phase, modulation, shift, plus, HYPERBOLIC, NONSTATIONARY)
         a, b = a.to(DTYPE), b.to(DTYPE)
@@ -172,11 +168,9 @@ def value_gradient_kernel(
             q_shift = tl.load(ROW_SHIFT + rows + position, inside, float("inf"))
             references = tl.load(ROW_REFERENCE + rows + position, inside, float("inf"))
             phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
-            plus = load_amplitude(Q_AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
-            positive, negative = phase, phase
-            if HYPERBOLIC:
-                minus = load_amplitude(Q_AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
-                positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
+            positive, negative, plus = amplified(
+                phase, modulation, Q_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
+            )
             q_a, q_b = features(positive, negative, phase, modulation, q_shift, plus, HYPERBOLIC, NONSTATIONARY)
             lower = maximum_before(ROW_REFERENCE, rows, chunk, first)
             factors = tl.exp2(lower - finite(references))

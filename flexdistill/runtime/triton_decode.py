@@ -13,12 +13,11 @@ except ImportError as error:
 from .triton_features import (
     LN2,
     LOG2E,
+    amplified,
     feature_norm,
     features,
     finite,
-    load_amplitude,
     load_frequencies,
-    log_features,
     phases,
 )
 from .triton_forward import key_phases, load_rows, state_unit
@@ -80,12 +79,11 @@ def decode_kernel(
         )
         query = load_rows(Q + q_head_index * q_head, q_batch, batch, inside, 0, D, BLOCK_D).to(DTYPE)
         phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
-        plus = load_amplitude(Q_AMPLITUDE, q_head_index, 0, N, BLOCK_N, HYPERBOLIC)
-        positive, negative = phase, phase
+        positive, negative, plus = amplified(
+            phase, modulation, Q_AMPLITUDE, q_head_index, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
+        )
         scale = tl.zeros((ROWS,), tl.float32)
         if HYPERBOLIC:
-            minus = load_amplitude(Q_AMPLITUDE, q_head_index, 1, N, BLOCK_N, HYPERBOLIC)
-            positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
             scale = tl.max(tl.maximum(positive, negative), 1)
         q_a, q_b = features(positive, negative, phase, modulation, scale, plus, HYPERBOLIC, NONSTATIONARY)
         least = tl.zeros((ROWS,), tl.float32) + GUARD

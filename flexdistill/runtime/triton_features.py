@@ -71,6 +71,23 @@ def log_features(phase, modulation, plus, minus, NONSTATIONARY: tl.constexpr):
 
 
 @triton.jit
+def amplified(
+    phase, modulation, AMPLITUDE, head, N,
+    BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr,
+):  # fmt: skip
+    """`log_features` with a head's amplitudes, or the phases twice for the trigonometric component; and amplitudes.
+
+    Amplitudes are loaded for every chunk anew, because as vectors along rows they would take many registers for good.
+    """
+    plus = load_amplitude(AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
+    positive, negative = phase, phase
+    if HYPERBOLIC:
+        minus = load_amplitude(AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
+        positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
+    return positive, negative, plus
+
+
+@triton.jit
 def features(
     positive, negative, phase, modulation, shift, amplitude,
     HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr,

@@ -20,12 +20,11 @@ from .triton_features import (
     LN2,
     LOG2E,
     add_column_sums,
+    amplified,
     feature_norm,
     features,
     finite,
-    load_amplitude,
     load_frequencies,
-    log_features,
     phases,
     times_row,
 )
@@ -105,14 +104,10 @@ def key_phases(
     """Of a chunk of keys: log features (equal to the phases for the trigonometric component), phases, amplitudes, and
     the log2 of each key's norm factor and of its largest weighted feature; -inf where not valid."""
     phase, modulation = phases(key, w1, w2, NONSTATIONARY, PRECISION)
-    # loaded anew for every chunk, because as vectors along rows they would take many registers for good
-    plus = load_amplitude(AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
-    positive, negative = phase, phase
+    positive, negative, plus = amplified(phase, modulation, AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
     norm = tl.where(valid, factor * tl.sum(key.to(tl.float32) * key.to(tl.float32), 1), float("-inf"))
     largest = norm
     if HYPERBOLIC:
-        minus = load_amplitude(AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
-        positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
         largest += tl.max(tl.maximum(positive, negative), 1)
     return positive, negative, phase, modulation, plus, norm, largest
 
@@ -313,12 +308,11 @@ def outputs_kernel(
             if not HYPERBOLIC:
                 k_norm = feature_norm(modulation, tl.zeros_like(norm), plus, NONSTATIONARY)
         phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
-        plus = load_amplitude(Q_AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
-        positive, negative = phase, phase
+        positive, negative, plus = amplified(
+            phase, modulation, Q_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
+        )
         q_scale = tl.zeros((CHUNK,), tl.float32)
         if HYPERBOLIC:
-            minus = load_amplitude(Q_AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
-            positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
             q_scale = tl.max(tl.maximum(positive, negative), 1)
         q_a, q_b = features(positive, negative, phase, modulation, q_scale, plus, HYPERBOLIC, NONSTATIONARY)
         q_a, q_b = q_a.to(DTYPE), q_b.to(DTYPE)
