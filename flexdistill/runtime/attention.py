@@ -91,8 +91,14 @@ def attend(
     """
     if boundaries is not None:
         _check_boundaries(boundaries, query, feature_map.spec.causal and memory is None and not keep_memory)
-    arguments = dict(value=value, scaling=scaling, visible=visible, memory=memory, keep_memory=keep_memory)
-    arguments["boundaries"] = boundaries
+    arguments = dict(
+        value=value,
+        scaling=scaling,
+        visible=visible,
+        memory=memory,
+        keep_memory=keep_memory,
+        boundaries=boundaries,
+    )
     with torch.autocast(query.device.type, enabled=False):
         return feature_map(query, key, _attend, **arguments)
 
@@ -140,10 +146,7 @@ def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_me
 def _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, keep_memory):
     spec = feature_map.spec
     length = query.shape[-2]
-    if visible is None:
-        visible = torch.ones(key.shape[0], length, dtype=torch.bool, device=key.device)
-    key, value = torch.cat([memory.key, key], dim=2), torch.cat([memory.value, value], dim=2)
-    visible = torch.cat([memory.visible, visible], dim=1)
+    key, value, visible = _after(memory, key, value, visible)
     features = _features(feature_map, query, key[:, :, :length], scaling, visible[:, :length])
     far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
     near = window_sums(query, key, value, visible, spec.window, scaling) if spec.window else None
@@ -165,6 +168,17 @@ def _attend_without_window(feature_map, query, key, *, value, scaling, visible):
     return _normalise(feature_map, rows).to(query.dtype)
 
 
+def _after(memory, key, value, visible):
+    """The window's keys, values and visibility, followed by those of a call."""
+    if visible is None:
+        visible = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    return (
+        torch.cat([memory.key, key], dim=2),
+        torch.cat([memory.value, value], dim=2),
+        torch.cat([memory.visible, visible], dim=1),
+    )
+
+
 def _window_of(key, value, visible, length):
     """What follows the first `length` keys; copies, because a view would keep all keys and values alive."""
     return *(x[:, :, length:].clone() for x in (key, value)), visible[:, length:].clone()
@@ -176,24 +190,13 @@ def _attend_remembering(fused, feature_map, query, key, value, scaling, visible,
     if memory is not None and length == 1 and window == 0:
         output, guarded = fused.decode(feature_map, query, key, value, scaling, visible, memory.state)
         return output, guarded, memory
-    past = memory is not None and window > 0
-    state = memory.state if memory is not None else None
     memory = memory or Memory.empty(key, value, window)
-    if visible is None and window:
-        visible = torch.ones(key.shape[0], length, dtype=torch.bool, device=key.device)
-    if past:
-        key, value = torch.cat([memory.key, key], dim=2), torch.cat([memory.value, value], dim=2)
-        visible = torch.cat([memory.visible, visible], dim=1)
-    output, guarded, *state = fused.prefill(feature_map, query, key, value, scaling, visible, state, window * past)
-    if not past and window:
-        key, value = torch.cat([memory.key, key], dim=2), torch.cat([memory.value, value], dim=2)
-        visible = torch.cat([memory.visible, visible], dim=1)
-    if visible is None:
-        visible = memory.visible.new_zeros(key.shape[0], 0)
-        key, value = key[:, :, :0], value[:, :, :0]
-        return output, guarded, Memory(State(*state), key.clone(), value.clone(), visible)
-    kept = key.shape[2] - window
-    return output, guarded, Memory(State(*state), *_window_of(key, value, visible, kept))
+    if window == 0:
+        output, guarded, *state = fused.prefill(feature_map, query, key, value, scaling, visible, memory.state, 0)
+        return output, guarded, Memory(State(*state), memory.key, memory.value, memory.visible)
+    key, value, visible = _after(memory, key, value, visible)
+    output, guarded, *state = fused.prefill(feature_map, query, key, value, scaling, visible, memory.state, window)
+    return output, guarded, Memory(State(*state), *_window_of(key, value, visible, length))
 
 
 def attention_weights(

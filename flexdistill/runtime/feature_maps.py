@@ -133,7 +133,9 @@ class FeatureMap(nn.Module):
 @functools.cache
 def constant_zeros(size: int, device: torch.device) -> torch.Tensor:
     """float32 zeros (size,) that nobody writes to, made once per device."""
-    return torch.zeros(size, device=device)
+    # one made in inference mode could never be saved for a backward pass
+    with torch.inference_mode(False):
+        return torch.zeros(size, device=device)
 
 
 def project(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 from flexdistill.runtime import backend
 from flexdistill.runtime.attention import attend, attention_weights, count_guards
 from flexdistill.runtime.backend import VARIABLE, fused_operators
+from flexdistill.runtime.feature_maps import constant_zeros
 from flexdistill.runtime.registry import feature_map_class, kernels
 
 from .kernels import HEADS, KV_HEADS, SCALING, kernel, query_key_value, relative_error
@@ -204,6 +205,17 @@ def test_equal_inputs_give_equal_bits(monkeypatch):
     first, second = (both_backends(feature_map, inputs, monkeypatch)[0] for _ in range(2))
     for one, other in zip([first[0], *first[1]], [second[0], *second[1]], strict=True):
         assert torch.equal(one, other)
+
+
+def test_training_after_inference_mode():
+    constant_zeros.cache_clear()
+    feature_map = kernel("nonstationary", "hyperbolic")
+    inputs = query_key_value(20)
+    with torch.inference_mode():
+        attend(feature_map, *(x.detach() for x in inputs), scaling=SCALING)
+    output, _ = attend(feature_map, *inputs, scaling=SCALING, keep_memory=False)
+    (gradient,) = torch.autograd.grad(output.sum(), inputs[:1])
+    assert gradient.isfinite().all()
 
 
 def test_operators_fit_torch():
