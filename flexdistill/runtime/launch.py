@@ -92,8 +92,6 @@ def blocks_of(job: str, size: int, frequencies: int, dtype: torch.dtype) -> Bloc
     # the rows of a chunk share one scale, so all jobs of a call must cut the same chunks
     if dtype == torch.float32:
         return Blocks(chunk=32, values=64, warps=8)
-    if max(size, frequencies) > 64:
-        return Blocks(chunk=32, values=32, warps=8)
     return Blocks()
 
 

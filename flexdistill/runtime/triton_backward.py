@@ -17,7 +17,6 @@ from .triton_features import (
     LN2,
     LOG2E,
     add_column_sums,
-    amplified,
     feature_norm,
     features,
     finite,
@@ -65,7 +64,8 @@ def maximum_before(ROW_REFERENCE, rows, position, first):
 def query_states_kernel(
     Q, W1, W2, AMPLITUDE, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, DELTA, D_OUT, VALUES, NORMS, MAXIMUM, SEGMENTS,
     q_batch, q_head, q_token, g_batch, g_head, g_token,
-    HEADS, LENGTH, SEGMENT_LENGTH, RECORDS, D, DV, N, SCALE, GUARD,
+    HEADS, LENGTH, SEGMENT_LENGTH, RECORDS,
+    D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -99,10 +99,9 @@ def query_states_kernel(
         shift = tl.load(ROW_SHIFT + rows + position, inside, float("inf")) + finite(references) - lower
         delta, bound_delta = load_delta(DELTA, ROW_GUARDED, rows + position, inside, first_value, GUARD, HYPERBOLIC)
         phase, modulation = phases(query, w1, w2, NONSTATIONARY, PRECISION)
-        positive, negative, plus = amplified(phase, modulation, AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
         if not HYPERBOLIC:
-            norms -= tl.sum(bound_delta * feature_norm(modulation, shift, plus, NONSTATIONARY), 0)
-        a, b = features(positive, negative, phase, modulation, shift, plus, HYPERBOLIC, NONSTATIONARY)
+            norms -= tl.sum(bound_delta * feature_norm(modulation, shift, N, BLOCK_N, NONSTATIONARY), 0)
+        a, b = features(phase, modulation, shift, AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
         a, b = a.to(DTYPE), b.to(DTYPE)
         mass_a = add_column_sums(mass_a, -delta, a, PRECISION)
         mass_b = add_column_sums(mass_b, -delta, b, PRECISION)
@@ -119,7 +118,8 @@ def value_gradient_kernel(
     Q, K, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR,
     VALUES, NORMS, ROW_REFERENCE, ROW_SHIFT, D_OUT, D_V, FLAGS, SEGMENTS,
     q_batch, q_head, q_token, k_batch, k_head, k_token, g_batch, g_head, g_token,
-    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY, D, DV, N, SCALE,
+    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
+    D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -168,22 +168,19 @@ def value_gradient_kernel(
             q_shift = tl.load(ROW_SHIFT + rows + position, inside, float("inf"))
             references = tl.load(ROW_REFERENCE + rows + position, inside, float("inf"))
             phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
-            positive, negative, plus = amplified(
-                phase, modulation, Q_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
-            )
-            q_a, q_b = features(positive, negative, phase, modulation, q_shift, plus, HYPERBOLIC, NONSTATIONARY)
+            q_a, q_b = features(phase, modulation, q_shift, Q_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
             lower = maximum_before(ROW_REFERENCE, rows, chunk, first)
             factors = tl.exp2(lower - finite(references))
             scaled_a, scaled_b = q_a, q_b
             if EXACT:
                 scaled_a, scaled_b = q_a * factors[:, None], q_b * factors[:, None]
             q_a, q_b, scaled_a, scaled_b = q_a.to(DTYPE), q_b.to(DTYPE), scaled_a.to(DTYPE), scaled_b.to(DTYPE)
-        positive, negative, phase, modulation, plus, norm, largest = key_phases(
+        phase, modulation, norm, largest = key_phases(
             key, k_w1, k_w2, K_AMPLITUDE, state_head, N, k_factor, valid,
             BLOCK_N, HYPERBOLIC, NONSTATIONARY, PRECISION,
         )  # fmt: skip
         shift = finite(reference) - norm
-        k_a, k_b = features(positive, negative, phase, modulation, shift, plus, HYPERBOLIC, NONSTATIONARY)
+        k_a, k_b = features(phase, modulation, shift, K_AMPLITUDE, state_head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
         k_a, k_b = k_a.to(DTYPE), k_b.to(DTYPE)
         d_value = tl.dot(k_a, values_a.to(DTYPE), input_precision=PRECISION)
         d_value = tl.dot(k_b, values_b.to(DTYPE), d_value, input_precision=PRECISION)
@@ -192,7 +189,9 @@ def value_gradient_kernel(
             causal = position[None, :] >= position[:, None]
             if EXACT:
                 own = tl.where(valid, largest - norm, 0.0)
-                k_a, k_b = features(positive, negative, phase, modulation, own, plus, HYPERBOLIC, NONSTATIONARY)
+                k_a, k_b = features(
+                    phase, modulation, own, K_AMPLITUDE, state_head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
+                )
                 k_a, k_b = k_a.to(DTYPE), k_b.to(DTYPE)
             scores = tl.dot(k_a, tl.trans(q_a), input_precision=PRECISION)
             scores = tl.dot(k_b, tl.trans(q_b), scores, input_precision=PRECISION)
@@ -216,7 +215,8 @@ def value_gradient_kernel(
 @triton.jit
 def map_gradient_kernel(
     X, W1, W2, AMPLITUDE, NORM_FACTOR, D_FEATURES, D_X, D_MAP,
-    x_batch, x_head, x_token, HEADS, MAP_HEADS, X_HEADS, LENGTH, SLICE, SLICES, SPAN, D, N, SCALE,
+    x_batch, x_head, x_token, HEADS, MAP_HEADS, X_HEADS, LENGTH, SLICE, SLICES, SPAN,
+    D: tl.constexpr, N: tl.constexpr, SCALE,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,

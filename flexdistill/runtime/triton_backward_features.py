@@ -52,7 +52,8 @@ def query_gradient_kernel(
     Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR,
     VALUES, NORMS, MAXIMUM, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, DELTA, D_OUT, D_FEATURES, FLAGS, SEGMENTS,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, g_batch, g_head, g_token,
-    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY, D, DV, N, SCALE, GUARD,
+    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
+    D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,10 +117,10 @@ def query_gradient_kernel(
             k_x = half_features(phase, modulation, half, shift, amplitude, HYPERBOLIC, NONSTATIONARY)
             k_x = k_x.to(DTYPE)
             if not HYPERBOLIC:
-                k_norm = feature_norm(modulation, tl.zeros_like(norm), amplitude, NONSTATIONARY)
+                k_norm = feature_norm(modulation, tl.zeros_like(norm), N, BLOCK_N, NONSTATIONARY)
         carried = tl.exp2(maximum - finite(references))
         d_x = tl.dot(d_out, tl.trans(values.to(DTYPE)), input_precision=PRECISION)
-        d_x = (d_x - outer(delta, mass, DTYPE, PRECISION)) * carried[:, None]
+        d_x = (d_x - outer(delta, mass)) * carried[:, None]
         d_norm = carried * norms
         if CAUSAL:
             causal = position[:, None] >= position[None, :]
@@ -149,7 +150,7 @@ def query_gradient_kernel(
             scale = tl.exp2(-shift)
             d_x = d_x * scale[:, None]
             x = half_features(phase, modulation, half, tl.zeros_like(shift), amplitude, HYPERBOLIC, NONSTATIONARY)
-            length = feature_norm(modulation, tl.zeros_like(shift), amplitude, NONSTATIONARY)
+            length = feature_norm(modulation, tl.zeros_like(shift), N, BLOCK_N, NONSTATIONARY)
             d_x -= (d_norm * scale * bound_delta / tl.where(length == 0, 1.0, length))[:, None] * x
         target = D_FEATURES + position.to(tl.int64)[:, None] * 2 * N + n[None, :]
         tl.store(target, d_x.to(D_FEATURES.dtype.element_ty), inside[:, None] & (n < N)[None, :])
@@ -160,7 +161,8 @@ def key_gradient_kernel(
     Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR,
     VALUES, NORMS, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, DELTA, D_OUT, D_FEATURES, FLAGS, SEGMENTS,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, g_batch, g_head, g_token,
-    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY, D, DV, N, SCALE, GUARD,
+    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
+    D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,6 +199,8 @@ def key_gradient_kernel(
         values, mass, norms = load_half_state(
             VALUES, NORMS, pair * RECORDS + record, half, first_value, DV, N, BLOCK_N, BLOCK_V
         )
+    # sums of deltas, like the deltas themselves, count for one slice of values only
+    mass, norms = tl.where(first_value == 0, mass, 0.0), tl.where(first_value == 0, norms, 0.0)
     reference = tl.load(ROW_REFERENCE + rows + end - 1)
     place, n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
     chunks = tl.cdiv(end - start, CHUNK)
@@ -208,7 +212,7 @@ def key_gradient_kernel(
         key = load_rows(K, k_token, index, valid, 0, D, BLOCK_D).to(DTYPE)
         value = load_rows(V, v_token, index, valid, first_value, DV, BLOCK_V).to(DTYPE)
         d_x = tl.dot(value, tl.trans(values.to(DTYPE)), input_precision=PRECISION)
-        d_x += outer(tl.full((CHUNK,), 1.0, tl.float32), mass, DTYPE, PRECISION)
+        d_x += outer(tl.full((CHUNK,), 1.0, tl.float32), mass)
         norm = tl.where(valid, k_factor * tl.sum(key.to(tl.float32) * key.to(tl.float32), 1), float("-inf"))
         shift = finite(reference) - norm
         d_norm = norms * tl.exp2(-shift)
@@ -225,7 +229,7 @@ def key_gradient_kernel(
             lower = maximum_before(ROW_REFERENCE, rows, chunk, first)
             decay, factors = tl.exp2(lower - finite(reference)), tl.exp2(lower - finite(references))
             if not HYPERBOLIC:
-                q_norm = feature_norm(modulation, q_shift, amplitude, NONSTATIONARY) * bound_delta
+                q_norm = feature_norm(modulation, q_shift, N, BLOCK_N, NONSTATIONARY) * bound_delta
             # keys are rows here and queries columns
             causal = position[None, :] >= position[:, None]
             d_scores = tl.dot(value, tl.trans(d_out), input_precision=PRECISION) - delta[None, :]
@@ -261,7 +265,7 @@ def key_gradient_kernel(
             d_x += d_own
         if not HYPERBOLIC:
             x = half_features(phase, modulation, half, tl.zeros_like(norm), amplitude, HYPERBOLIC, NONSTATIONARY)
-            length = feature_norm(modulation, tl.zeros_like(norm), amplitude, NONSTATIONARY)
+            length = feature_norm(modulation, tl.zeros_like(norm), N, BLOCK_N, NONSTATIONARY)
             d_x += (d_norm / tl.where(length == 0, 1.0, length))[:, None] * x
         present = ((position < end) & (index >= first))[:, None] & (n < N)[None, :]
         target = D_FEATURES + index.to(tl.int64)[:, None] * 2 * N + n[None, :]

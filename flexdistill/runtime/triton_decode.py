@@ -13,10 +13,10 @@ except ImportError as error:
 from .triton_features import (
     LN2,
     LOG2E,
-    amplified,
     feature_norm,
     features,
     finite,
+    largest_log_feature,
     load_frequencies,
     phases,
 )
@@ -34,7 +34,8 @@ def decode_kernel(
     Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR,
     VALUES, NORMS, MAXIMUM, OUT, GUARDED,
     q_batch, q_head, k_batch, k_head, v_batch, v_head,
-    BATCH, HEADS, STATE_HEADS, KV_HEADS, D, DV, N, SCALE, GUARD,
+    BATCH, HEADS, STATE_HEADS, KV_HEADS,
+    D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr,
     GROUP: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, MASKED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,18 +56,18 @@ def decode_kernel(
     k_w1, k_w2 = load_frequencies(K_W1, K_W2, head, D, N, 1.0, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE)
     key = load_rows(K + kv_head * k_head, k_batch, batch, inside, 0, D, BLOCK_D).to(DTYPE)
     factor = tl.load(K_NORM_FACTOR + head) * LOG2E
-    positive, negative, phase, modulation, plus, norm, largest = key_phases(
+    phase, modulation, norm, largest = key_phases(
         key, k_w1, k_w2, K_AMPLITUDE, head, N, factor, valid, BLOCK_N, HYPERBOLIC, NONSTATIONARY, PRECISION
     )
     maximum = tl.load(MAXIMUM + states, inside, float("-inf")) * LOG2E + state_unit(N, HYPERBOLIC)
     new = tl.maximum(maximum, largest)
     decay = tl.exp2(maximum - finite(new))
     shift = finite(new) - norm
-    k_a, k_b = features(positive, negative, phase, modulation, shift, plus, HYPERBOLIC, NONSTATIONARY)
+    k_a, k_b = features(phase, modulation, shift, K_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
     tl.store(MAXIMUM + states, (new - state_unit(N, HYPERBOLIC)) * LN2, inside)
     if not HYPERBOLIC:
         norms = tl.load(NORMS + states, inside, 0.0) * decay
-        norms += feature_norm(modulation, shift, plus, NONSTATIONARY)
+        norms += feature_norm(modulation, shift, N, BLOCK_N, NONSTATIONARY)
         tl.store(NORMS + states, norms, inside)
 
     d, n = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
@@ -79,16 +80,13 @@ def decode_kernel(
         )
         query = load_rows(Q + q_head_index * q_head, q_batch, batch, inside, 0, D, BLOCK_D).to(DTYPE)
         phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
-        positive, negative, plus = amplified(
-            phase, modulation, Q_AMPLITUDE, q_head_index, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
-        )
         scale = tl.zeros((ROWS,), tl.float32)
         if HYPERBOLIC:
-            scale = tl.max(tl.maximum(positive, negative), 1)
-        q_a, q_b = features(positive, negative, phase, modulation, scale, plus, HYPERBOLIC, NONSTATIONARY)
+            scale = largest_log_feature(phase, modulation, Q_AMPLITUDE, q_head_index, N, BLOCK_N, NONSTATIONARY)
+        q_a, q_b = features(phase, modulation, scale, Q_AMPLITUDE, q_head_index, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
         least = tl.zeros((ROWS,), tl.float32) + GUARD
         if not HYPERBOLIC:
-            least = GUARD * norms * feature_norm(modulation, scale, plus, NONSTATIONARY)
+            least = GUARD * norms * feature_norm(modulation, scale, N, BLOCK_N, NONSTATIONARY)
         for sequence in range(SEQUENCES):
             if first + sequence < BATCH:
                 chosen = place == sequence

@@ -64,43 +64,40 @@ def phases(
 
 
 @triton.jit
-def log_features(phase, modulation, plus, minus, NONSTATIONARY: tl.constexpr):
-    """log2 of both halves of the hyperbolic features, but for the bracket of cosh y = exp|y| (1 + exp(-2|y|)) / 2."""
-    envelope = tl.abs(modulation) if NONSTATIONARY else 0.0
-    return envelope + phase + plus[None, :], envelope - phase + minus[None, :]
-
-
-@triton.jit
-def amplified(
-    phase, modulation, AMPLITUDE, head, N,
-    BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr,
+def largest_log_feature(
+    phase, modulation, AMPLITUDE, head, N, BLOCK_N: tl.constexpr, NONSTATIONARY: tl.constexpr
 ):  # fmt: skip
-    """`log_features` with a head's amplitudes, or the phases twice for the trigonometric component; and amplitudes.
-
-    Amplitudes are loaded for every chunk anew, because as vectors along rows they would take many registers for good.
-    """
-    plus = load_amplitude(AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
-    positive, negative = phase, phase
-    if HYPERBOLIC:
-        minus = load_amplitude(AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
-        positive, negative = log_features(phase, modulation, plus, minus, NONSTATIONARY)
-    return positive, negative, plus
+    """log2 of each token's largest hyperbolic feature, but for the bracket (see `features`)."""
+    plus = load_amplitude(AMPLITUDE, head, 0, N, BLOCK_N, True)
+    minus = load_amplitude(AMPLITUDE, head, 1, N, BLOCK_N, True)
+    # summed in another order than by `features`, or the compiler would keep these sums in registers until then
+    larger = tl.maximum(phase + plus[None, :], minus[None, :] - phase)
+    if NONSTATIONARY:
+        larger += tl.abs(modulation)
+    return tl.max(larger, 1)
 
 
 @triton.jit
 def features(
-    positive, negative, phase, modulation, shift, amplitude,
-    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr,
+    phase, modulation, shift, AMPLITUDE, head, N,
+    BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of the features in float32, multiplied by exp2(-shift) per token."""
+    """Both halves of the features in float32, multiplied by exp2(-shift) per token.
+
+    The hyperbolic ones are exp2(+-phase + |modulation|) times the bracket (1 + exp2(-2 |modulation|)) / 2, for cosh.
+    Amplitudes are loaded for every chunk anew, because as vectors along rows they would take many registers for good.
+    """
+    plus = load_amplitude(AMPLITUDE, head, 0, N, BLOCK_N, HYPERBOLIC)
     if HYPERBOLIC:
-        a = tl.exp2(positive - shift[:, None])
-        b = tl.exp2(negative - shift[:, None])
+        minus = load_amplitude(AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
+        envelope = tl.abs(modulation) - shift[:, None] if NONSTATIONARY else -shift[:, None]
+        a = tl.exp2(envelope + phase + plus[None, :])
+        b = tl.exp2(envelope - phase + minus[None, :])
         if NONSTATIONARY:
             bracket = 0.5 + 0.5 * tl.exp2(-2.0 * tl.abs(modulation))
             a, b = a * bracket, b * bracket
     else:
-        factor = amplitude[None, :] * tl.exp2(-shift)[:, None]
+        factor = plus[None, :] * tl.exp2(-shift)[:, None]
         if NONSTATIONARY:
             factor *= tl.cos(modulation)
         a, b = tl.cos(phase) * factor, tl.sin(phase) * factor
@@ -109,7 +106,7 @@ def features(
 
 @triton.jit
 def half_log_features(phase, modulation, half, amplitude, NONSTATIONARY: tl.constexpr):
-    """What `log_features` gives for one half."""
+    """log2 of one half of the hyperbolic features, but for the bracket."""
     envelope = tl.abs(modulation) if NONSTATIONARY else 0.0
     return envelope + phase * (1 - 2 * half) + amplitude[None, :]
 
@@ -132,10 +129,9 @@ def half_features(
 
 
 @triton.jit
-def feature_norm(
-    modulation, shift, amplitude, NONSTATIONARY: tl.constexpr
-):  # fmt: skip
+def feature_norm(modulation, shift, N, BLOCK_N: tl.constexpr, NONSTATIONARY: tl.constexpr):
     """Norm of each token's trigonometric features, both halves together, multiplied by exp2(-shift)."""
+    amplitude = load_amplitude(modulation, 0, 0, N, BLOCK_N, False)
     squared = (amplitude * amplitude)[None, :]
     if NONSTATIONARY:
         squared = squared * tl.cos(modulation) * tl.cos(modulation)
@@ -161,7 +157,6 @@ def times_row(x, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def outer(vector, sums, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def outer(vector, sums):
     """A vector (C,) times the row (N,) that all of `sums` (16, N) repeat: (C, N)."""
-    columns = tl.zeros((vector.shape[0], 16), tl.float32) + vector[:, None] * 0.0625
-    return tl.dot(columns.to(DTYPE), sums.to(DTYPE), input_precision=PRECISION)
+    return vector[:, None] * tl.max(sums, 0)[None, :]

@@ -20,10 +20,10 @@ from .triton_features import (
     LN2,
     LOG2E,
     add_column_sums,
-    amplified,
     feature_norm,
     features,
     finite,
+    largest_log_feature,
     load_frequencies,
     phases,
     times_row,
@@ -101,15 +101,13 @@ def key_phases(
     key, w1, w2, AMPLITUDE, head, N, factor, valid,
     BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk of keys: log features (equal to the phases for the trigonometric component), phases, amplitudes, and
-    the log2 of each key's norm factor and of its largest weighted feature; -inf where not valid."""
+    """Of a chunk of keys: phases, and log2 of each key's norm factor and largest weighted feature, or -inf."""
     phase, modulation = phases(key, w1, w2, NONSTATIONARY, PRECISION)
-    positive, negative, plus = amplified(phase, modulation, AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
     norm = tl.where(valid, factor * tl.sum(key.to(tl.float32) * key.to(tl.float32), 1), float("-inf"))
     largest = norm
     if HYPERBOLIC:
-        largest += tl.max(tl.maximum(positive, negative), 1)
-    return positive, negative, phase, modulation, plus, norm, largest
+        largest += largest_log_feature(phase, modulation, AMPLITUDE, head, N, BLOCK_N, NONSTATIONARY)
+    return phase, modulation, norm, largest
 
 
 @triton.jit
@@ -123,7 +121,8 @@ def states_kernel(
     K, V, VISIBLE, W1, W2, AMPLITUDE, NORM_FACTOR, INITIAL_VALUES, INITIAL_NORMS, INITIAL_MAXIMUM,
     VALUES, NORMS, MAXIMUM, SEGMENTS,
     k_batch, k_head, k_token, v_batch, v_head, v_token,
-    STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY, D, DV, N,
+    STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
+    D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, MASKED: tl.constexpr, INITIAL: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -154,12 +153,12 @@ def states_kernel(
         valid = valid_keys(VISIBLE, index, end, first, position, MASKED)
         key = load_rows(K, k_token, index, valid, 0, D, BLOCK_D).to(DTYPE)
         value = load_rows(V, v_token, index, valid, first_value, DV, BLOCK_V).to(DTYPE)
-        positive, negative, phase, modulation, plus, norm, largest = key_phases(
+        phase, modulation, norm, largest = key_phases(
             key, w1, w2, AMPLITUDE, head, N, factor, valid, BLOCK_N, HYPERBOLIC, NONSTATIONARY, PRECISION
         )
         new = tl.maximum(maximum, tl.max(largest, 0))
         shift = finite(new) - norm
-        a, b = features(positive, negative, phase, modulation, shift, plus, HYPERBOLIC, NONSTATIONARY)
+        a, b = features(phase, modulation, shift, AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
         decay = tl.exp2(maximum - finite(new))
         a, b = a.to(DTYPE), b.to(DTYPE)
         ones = tl.full((CHUNK,), 1.0, tl.float32)
@@ -168,7 +167,7 @@ def states_kernel(
         values_a = tl.dot(tl.trans(a), value, values_a * decay, input_precision=PRECISION)
         values_b = tl.dot(tl.trans(b), value, values_b * decay, input_precision=PRECISION)
         if not HYPERBOLIC:
-            norms = norms * decay + tl.sum(feature_norm(modulation, shift, plus, NONSTATIONARY), 0)
+            norms = norms * decay + tl.sum(feature_norm(modulation, shift, N, BLOCK_N, NONSTATIONARY), 0)
         maximum = new
     store_state(
         VALUES, NORMS, MAXIMUM, pair * RECORDS + segment, first_value, DV, N,
@@ -227,7 +226,8 @@ def outputs_kernel(
     FINAL_VALUES, FINAL_NORMS, FINAL_MAXIMUM, NEAR, NEAR_LSE,
     OUT, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, ROW_LSE, FLAGS, SEGMENTS,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
-    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY, D, DV, N, SCALE, GUARD,
+    HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
+    D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
@@ -293,31 +293,32 @@ def outputs_kernel(
             valid = valid_keys(VISIBLE, index, end, first, position, MASKED)
             key = load_rows(K, k_token, index, valid, 0, D, BLOCK_D).to(DTYPE)
             value = load_rows(V, v_token, index, valid, first_value, DV, BLOCK_V).to(DTYPE)
-            positive, negative, phase, modulation, plus, norm, largest = key_phases(
+            phase, modulation, norm, largest = key_phases(
                 key, k_w1, k_w2, K_AMPLITUDE, state_head, N, k_factor, valid,
                 BLOCK_N, HYPERBOLIC, NONSTATIONARY, PRECISION,
             )  # fmt: skip
             new = tl.maximum(maximum, tl.max(largest, 0))
             shift = finite(new) - norm
-            k_a, k_b = features(positive, negative, phase, modulation, shift, plus, HYPERBOLIC, NONSTATIONARY)
+            k_a, k_b = features(
+                phase, modulation, shift, K_AMPLITUDE, state_head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
+            )
             k_a, k_b = k_a.to(DTYPE), k_b.to(DTYPE)
             if EXACT:
                 own = tl.where(valid, largest - norm, 0.0)
-                own_a, own_b = features(positive, negative, phase, modulation, own, plus, HYPERBOLIC, NONSTATIONARY)
+                own_a, own_b = features(
+                    phase, modulation, own, K_AMPLITUDE, state_head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
+                )
                 own_a, own_b = own_a.to(DTYPE), own_b.to(DTYPE)
             if not HYPERBOLIC:
-                k_norm = feature_norm(modulation, tl.zeros_like(norm), plus, NONSTATIONARY)
+                k_norm = feature_norm(modulation, tl.zeros_like(norm), N, BLOCK_N, NONSTATIONARY)
         phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
-        positive, negative, plus = amplified(
-            phase, modulation, Q_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
-        )
         q_scale = tl.zeros((CHUNK,), tl.float32)
         if HYPERBOLIC:
-            q_scale = tl.max(tl.maximum(positive, negative), 1)
-        q_a, q_b = features(positive, negative, phase, modulation, q_scale, plus, HYPERBOLIC, NONSTATIONARY)
+            q_scale = largest_log_feature(phase, modulation, Q_AMPLITUDE, head, N, BLOCK_N, NONSTATIONARY)
+        q_a, q_b = features(phase, modulation, q_scale, Q_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
         q_a, q_b = q_a.to(DTYPE), q_b.to(DTYPE)
         if not HYPERBOLIC:
-            q_norm = feature_norm(modulation, q_scale, plus, NONSTATIONARY)
+            q_norm = feature_norm(modulation, q_scale, N, BLOCK_N, NONSTATIONARY)
         reference = tl.zeros((CHUNK,), tl.float32) + maximum
         bound = tl.zeros((CHUNK,), tl.float32) + norms
         output = tl.dot(q_a, values_a.to(DTYPE), input_precision=PRECISION)

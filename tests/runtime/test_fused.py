@@ -199,6 +199,19 @@ def test_guarded_rows_are_counted(length, monkeypatch):
     assert counts[0][0] > 0
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("component", ["hyperbolic", "trigonometric"])
+def test_values_in_slices(component, causal, monkeypatch):
+    """Programs that each serve some columns of the values count sums that all columns share once."""
+    from flexdistill.runtime import launch
+
+    monkeypatch.setattr(launch, "blocks_of", lambda *_: launch.Blocks(chunk=32, values=16))
+    feature_map = kernel("nonstationary", component, causal=causal)
+    query, key, _ = query_key_value(130, batch=1)
+    value = torch.randn(1, KV_HEADS, 130, 24, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    assert_same(both_backends(feature_map, (query, key, value), monkeypatch))
+
+
 def test_equal_inputs_give_equal_bits(monkeypatch):
     feature_map = kernel("nonstationary", "hyperbolic")
     inputs = query_key_value(150)
