@@ -84,7 +84,8 @@ def attend(
         boundaries: for a batch of one that holds sequences laid end to end: 0, where each further one starts, and T.
 
     Returns:
-        (B, H, T, D) in the query's dtype, 0 where a query sees no key; and the memory, None if it is not kept.
+        (B, H, T, D) in the query's dtype, or autocast's where that is on, 0 where a query sees no key; and the memory,
+        None if it is not kept.
 
     Raises:
         ValueError: for boundaries with a memory, in a bidirectional layer, or that do not rise from 0 to T.
@@ -99,7 +100,11 @@ def attend(
         keep_memory=keep_memory,
         boundaries=boundaries,
     )
-    with torch.autocast(query.device.type, enabled=False):
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as torch's own attention does
+        dtype = torch.get_autocast_dtype(device)
+        query, key, arguments["value"] = (x.to(dtype) for x in (query, key, value))
+    with torch.autocast(device, enabled=False):
         return feature_map(query, key, _attend, **arguments)
 
 

@@ -29,8 +29,11 @@ from .triton_features import (
     times_row,
 )
 
-# log2 by which the largest log-weight that a row sees may lie below that of its chunk
-SHARED_SCALE_LIMIT = tl.constexpr(32.0)
+# log2 by which the largest log-weight that a row sees may lie below that of its chunk: the product of a query's and a
+# key's features may be as small again, and float32 ends at -126
+SHARED_SCALE_LIMIT = tl.constexpr(48.0)
+# below this the guard, which stands on a row's own scale, need not follow the shared one
+NEGLIGIBLE_SPREAD = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -320,6 +323,7 @@ def outputs_kernel(
         if not HYPERBOLIC:
             q_norm = feature_norm(modulation, q_scale, N, BLOCK_N, NONSTATIONARY)
         reference = tl.zeros((CHUNK,), tl.float32) + maximum
+        spread = 0.0
         bound = tl.zeros((CHUNK,), tl.float32) + norms
         output = tl.dot(q_a, values_a.to(DTYPE), input_precision=PRECISION)
         output = tl.dot(q_b, values_b.to(DTYPE), output, input_precision=PRECISION)
@@ -337,13 +341,14 @@ def outputs_kernel(
                 scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision=PRECISION)
                 scores = tl.where(causal, scores, 0.0)
                 reference = tl.zeros((CHUNK,), tl.float32) + new
-                if new - maximum > SHARED_SCALE_LIMIT:
+                if new - maximum > NEGLIGIBLE_SPREAD:
                     # the first row that sees any key lies furthest below
                     first_key = tl.min(tl.where(valid, place, CHUNK), 0)
                     sees = place >= tl.where(maximum > float("-inf"), 0, first_key)
                     reference = tl.where(sees, reference, float("-inf"))
                     lowest = tl.maximum(maximum, tl.max(tl.where(place == first_key, largest, float("-inf")), 0))
-                    flag = tl.where(new - lowest > SHARED_SCALE_LIMIT, 1, flag)
+                    spread = new - lowest
+                    flag = tl.where(spread > SHARED_SCALE_LIMIT, 1, flag)
             carried = tl.exp2(maximum - finite(reference))
             total = total * carried + tl.sum(scores, 1)
             output = tl.dot(scores.to(DTYPE), value, output * carried[:, None], input_precision=PRECISION)
@@ -359,7 +364,7 @@ def outputs_kernel(
                 norms = norms * decay + tl.sum(k_norm * tl.exp2(-shift), 0)
             maximum = new
 
-        least = tl.zeros((CHUNK,), tl.float32) + GUARD
+        least = tl.zeros((CHUNK,), tl.float32) + GUARD * tl.exp2(-spread)
         if not HYPERBOLIC:
             least = GUARD * bound * q_norm
         guarded = (total < least) & (reference > float("-inf"))

@@ -533,3 +533,14 @@ def test_forms_agree_whatever_the_shapes(data):
             output, memory = attend(feature_map, *pieces, scaling=0.4, visible=visible[:, start:stop], memory=memory)
             outputs.append(output)
     torch.testing.assert_close(torch.cat(outputs, dim=2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_computes_in_its_dtype():
+    """Rotary embeddings leave float32 queries and keys under autocast; torch's own attention casts them, and so do we."""
+    feature_map = kernel("nonstationary", "hyperbolic")
+    inputs = [x.detach() for x in query_key_value(30)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = attend(feature_map, *inputs, scaling=SCALING)
+    expected, _ = attend(feature_map, *(x.bfloat16() for x in inputs), scaling=SCALING)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
