@@ -90,6 +90,8 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
     kernel = recipe.kernel
     training_s = sum(stage["elapsed_s"] for stage in metrics["stages"])
     evaluated_on = recipe.evaluation.source or f"{recipe.data.source} (held out)"
+    paper = next(iter(feature_maps(model).values())).paper
+    name = " ".join(filter(None, (kernel.variant, kernel.component, kernel.matrix)))
     window = f", softmax window of {kernel.window} tokens" if kernel.window else ", no softmax window"
     return "\n".join(
         [
@@ -99,9 +101,9 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
             f"# {source.name.removeprefix('package:')} with linear attention",
             "",
-            f"Converted from `{source.name}` by flexdistill: softmax attention became Flexformer attention",
-            "(arXiv:2606.27748), whose state has a constant size.",
-            f"Kernel: {kernel.variant}{f' {kernel.component}' if kernel.component else ''}{window}.",
+            f"Converted from `{source.name}` by flexdistill: softmax attention became linear attention",
+            f"({paper}), whose state has a constant size.",
+            f"Kernel: {name}{window}.",
             "",
             "## Results",
             "",
