@@ -23,6 +23,7 @@ def _over(pairs):
 
 
 every_kernel, every_causal_kernel, every_form = _over(kernels()), _over(CAUSAL_KERNELS), _over(FORMS)
+LEARNED_KERNELS = [pair for pair in kernels() if pair[0] not in ("elu", "performer", "cosformer")]
 every_key_heads = pytest.mark.parametrize("key_heads", ["query", "kv"])
 
 

@@ -200,7 +200,9 @@ def test_bidirectional(variant, component, key_heads, padding, length):
     actual, memory = attend(feature_map, *leaves, scaling=SCALING, visible=visible)
     assert memory is None
     assert relative_error(actual, expected) <= 1e-5
-    assert_same_gradients(actual, expected, [*leaves, *feature_map.parameters()], 1e-5)
+    # signed rows may cancel down to the guard
+    tolerance = 5e-5 if feature_map.signed else 1e-5
+    assert_same_gradients(actual, expected, [*leaves, *feature_map.parameters()], tolerance)
 
 
 @every_causal_kernel
@@ -381,12 +383,17 @@ def test_window_alone_is_softmax():
 def test_weights_are_a_distribution(variant, component, window):
     feature_map = kernel(variant, component, window=window, noise=0.5)
     query, key, _ = query_key_value(50)
-    weights = attention_weights(feature_map, query, key, scaling=SCALING)
+    with count_guards() as guards:
+        weights = attention_weights(feature_map, query, key, scaling=SCALING)
     assert weights.dtype == torch.float32 and weights.shape == (2, HEADS, 50, 50)
     assert (weights.triu(1) == 0).all()
     if not feature_map.signed:
         assert (weights >= 0).all()
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 50))
+        sums = weights.sum(-1)
+        # a relu can leave a query and its first keys nothing in common; such rows are counted
+        vanishing = sums == 0
+        assert (vanishing.sum() == guards.guarded or window) and vanishing.float().mean() < 0.02
+        torch.testing.assert_close(sums[~vanishing], torch.ones_like(sums[~vanishing]))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -480,7 +487,10 @@ def test_padded_rows_are_not_guarded(variant, component):
     visible[:, :20] = False
     with count_guards() as counter:
         attend(feature_map, *query_key_value(30), scaling=SCALING, visible=visible)
-    assert int(counter.guarded) == 0 and counter.rows == 2 * HEADS * 30
+    assert counter.rows == 2 * HEADS * 30
+    with count_guards() as alone:
+        attend(feature_map, *(x[:, :, 20:] for x in query_key_value(30)), scaling=SCALING)
+    assert int(counter.guarded) == int(alone.guarded)
 
 
 @pytest.mark.parametrize("spread", [1, 60])

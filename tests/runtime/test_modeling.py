@@ -14,6 +14,7 @@ from flexdistill.runtime.configuration_flexformer import KernelSpec
 from flexdistill.runtime.feature_maps import FeatureMap
 from flexdistill.runtime.interface import NAME
 from flexdistill.runtime.modeling_flexformer import FlexformerMixin, convert_model, flexformer_class
+from flexdistill.runtime.registry import feature_map_class
 from tests.runtime.kernels import every_kernel
 from tests.tiny import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama
 
@@ -26,7 +27,10 @@ every_window = pytest.mark.parametrize("window", [0, 8])
 
 
 def specs(name, layers=(0, 1), variant="nonstationary", component="hyperbolic", **changes):
+    kind = feature_map_class(variant, component)
     settings = dict(
+        matrix=next(iter(kind.matrices), None),
+        horizon=512 if kind.has_horizon else None,
         num_heads=4,
         num_key_value_heads=2 if name == "llama" else 4,
         head_dim=16,
@@ -100,9 +104,14 @@ def test_base_weights_are_taken_over(name):
 @every_kernel
 @pytest.mark.parametrize("key_heads", ["query", "kv"])
 def test_every_kernel_survives_a_round_trip(variant, component, key_heads, tmp_path):
-    model = converted("llama", variant=variant, component=component, key_heads=key_heads, window=3)
+    causal = feature_map_class(variant, component).causal_safe
+    name, window = ("llama", 3) if causal else ("bert", 0)
+    model = converted(name, variant=variant, component=component, key_heads=key_heads, window=window)
     model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.manual_seed(99)  # nothing random may be drawn anew
+    reloaded = AUTO[name].from_pretrained(tmp_path)
+    assert reloaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in reloaded.state_dict().items())
     assert torch.equal(logits(reloaded, tokens()), logits(model, tokens()))
 
 
