@@ -162,6 +162,24 @@ def test_any_split_into_calls(variant, component, key_heads, window, parts):
 
 
 @every_causal_kernel
+@pytest.mark.parametrize("window", [0, 5])
+def test_calls_are_one_call(variant, component, window):
+    """For every kernel, what `test_any_split_into_calls` checks for each form."""
+    feature_map = kernel(variant, component, window=window)
+    leaves = query_key_value(90)
+    visible = padding_mask("left", 90)
+    with torch.no_grad():
+        expected = reference(feature_map, *leaves, visible)
+        memory, outputs = None, []
+        for span in (slice(0, 3), slice(3, 88), slice(88, 89), slice(89, 90)):
+            pieces = [leaf[:, :, span] for leaf in leaves]
+            output, memory = attend(feature_map, *pieces, scaling=SCALING, visible=visible[:, span], memory=memory)
+            outputs.append(output)
+    assert memory.seen == 90
+    assert relative_error(torch.cat(outputs, dim=2), expected) <= 2e-5
+
+
+@every_causal_kernel
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 def test_several_blocks(variant, component, chunks, monkeypatch):
     monkeypatch.setattr(linear_attention, "CHUNKS_PER_BLOCK", chunks)
