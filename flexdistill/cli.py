@@ -290,6 +290,7 @@ def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) ->
     import torch
     from transformers import set_seed
 
+    from .conversion import max_positions
     from .evaluation import load_converted
     from .runtime.cache import cache_num_bytes
     from .sources import load_tokenizer, resolve_model
@@ -309,7 +310,7 @@ def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) ->
         output = model.generate(**inputs, **settings, return_dict_in_generate=True)
     except IndexError as error:  # learned position embeddings end; rotary ones do not
         raise FlexdistillError(
-            f"Prompt and new tokens are longer than the model's {model.config.max_position_embeddings} positions; "
+            f"Prompt and new tokens are longer than the model's {max_positions(model)} positions; "
             "shorten the prompt or set a smaller --max-new-tokens."
         ) from error
     elapsed_s = time.perf_counter() - start

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .attention_modes import AttentionCall, record_attention
 from .errors import FlexdistillError
 from .recipe import KernelRecipe
-from .runtime.configuration_flexformer import KernelSpec
+from .runtime.configuration_flexformer import FlexformerConfigMixin, KernelSpec
 from .runtime.masks import LazyMask
 from .runtime.modeling_flexformer import convert_model
 from .runtime.registry import FEATURE_MAPS, build_feature_map, check_matrix, feature_map_class
@@ -158,8 +158,11 @@ def _natural(text: str, least: int = 0) -> int:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Positions that the model was made for; None if it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that the model and its kernels have positions for; None if there is no limit."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    if isinstance(model.config, FlexformerConfigMixin):
+        limits += [spec.horizon for spec in model.config.kernel_specs.values()]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_sequence_length(model: PreTrainedModel, length: int) -> None:

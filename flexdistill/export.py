@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
+from .conversion import max_positions
 from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .recipe import Recipe
@@ -147,7 +148,7 @@ def _reload_difference(model: PreTrainedModel, folder: Path) -> float:
     # long enough for keys to leave the window and for a second chunk
     windows = [feature_map.spec.window for feature_map in feature_maps(model).values()]
     length = max(windows) + 2 * CHUNK
-    length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", length))
+    length = min(length, max_positions(model) or length)
     tokens = torch.arange(length, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     difference = float((reloaded(input_ids=tokens).logits - model(input_ids=tokens).logits).abs().max())
     if not difference <= 1e-5:

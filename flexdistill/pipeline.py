@@ -163,6 +163,12 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[t
             f"A window of {recipe.kernel.window} tokens covers sequences of {data.sequence_length}, so the kernel "
             "would never be used; set a smaller --window or a larger --sequence-length."
         )
+    longest, horizon = max(data.sequence_length, length), recipe.kernel.horizon
+    if horizon is not None and longest > horizon:
+        raise FlexdistillError(
+            f"Sequences of {longest} tokens are longer than the kernel's horizon of {horizon}; set a larger "
+            "kernel.horizon or a smaller --sequence-length."
+        )
     needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
     if evaluation.source is not None:
         held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)

@@ -91,7 +91,7 @@ class CosformerFeatureMap(FeatureMap):
     know it, so the spec's horizon is M. Nothing is learned.
 
     Raises:
-        ValueError: from `features`, at a position after the horizon, from where distances would weigh negative.
+        IndexError: from `features`, at a position after the horizon, from where distances would weigh negative.
     """
 
     paper = "cosFormer, arXiv:2202.08791"
@@ -108,7 +108,7 @@ class CosformerFeatureMap(FeatureMap):
         query, key = query.float(), self._repeated(key.float())
         end, horizon = context.query_start + query.shape[2], self.spec.horizon
         if end > horizon:
-            raise ValueError(
+            raise IndexError(
                 f"cosFormer's kernel ends at its horizon of {horizon} tokens and position {end} lies after it; shorten "
                 "the sequence, or convert with a larger kernel.horizon."
             )

@@ -83,10 +83,11 @@ def build_feature_map(spec: KernelSpec) -> FeatureMap:
     """
     kernel = feature_map_class(spec.variant, spec.component)
     check_matrix(spec.variant, spec.component, spec.matrix)
-    name = f"Component {spec.component!r}" if spec.component else f"Variant {spec.variant!r}"
     if spec.causal and not kernel.causal_safe:
+        name = f"Component {spec.component!r}" if spec.component else f"Variant {spec.variant!r}"
         raise ValueError(f"{name} looks at the whole sequence, so it cannot serve causal attention; choose another one")
     if kernel.has_horizon != (spec.horizon is not None):
         remedy = "set kernel.horizon" if kernel.has_horizon else "leave kernel.horizon out"
-        raise ValueError(f"{name} needs {'a' if kernel.has_horizon else 'no'} horizon; {remedy}")
+        number = "a" if kernel.has_horizon else "no"
+        raise ValueError(f"Variant {spec.variant!r} needs {number} horizon; {remedy}")
     return kernel(spec)

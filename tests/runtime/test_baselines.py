@@ -86,9 +86,9 @@ def test_cosformer_ends_at_its_horizon():
     leaves = query_key_value(12)
     _, memory = attend(feature_map, *leaves, scaling=SCALING)
     message = "horizon of 12 tokens and position 13 lies after it; shorten the sequence, or convert with a larger"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(IndexError, match=message):
         attend(feature_map, *(x[:, :, :1] for x in leaves), scaling=SCALING, memory=memory)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(IndexError, match=message):
         attend(feature_map, *query_key_value(13), scaling=SCALING)
 
 
