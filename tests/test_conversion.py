@@ -17,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from flexdistill import conversion
 from flexdistill.attention_modes import AttentionCall, attention_function
 from flexdistill.conversion import apply_plan, check_sequence_length, make_plan, resolve_kernel, select_layers
 from flexdistill.errors import FlexdistillError
@@ -229,6 +230,40 @@ def test_defaults_of_a_kernel_are_filled_in():
     assert resolve_kernel(KernelRecipe(component="trigonometric")).tied is True
     assert resolve_kernel(KernelRecipe(component="trigonometric", tied=False)).tied is False
     assert resolve_kernel(KernelRecipe(variant="hedgehog")).component is None
+
+
+def test_defaults_of_the_grid_are_filled_in():
+    kernel = resolve_kernel(KernelRecipe(variant="spectraformer"))
+    assert (kernel.component, kernel.matrix, kernel.tied) == ("oprf", "fastfood_learnable", True)
+    kernel = resolve_kernel(KernelRecipe(variant="spectraformer", component="gerf", matrix="qmc", tied=False))
+    assert (kernel.component, kernel.matrix, kernel.tied) == ("gerf", "qmc", False)
+    assert resolve_kernel(KernelRecipe(variant="performer")).matrix is None
+    with pytest.raises(FlexdistillError, match="Variant 'performer' has no matrix 'orf'; leave the matrix out."):
+        resolve_kernel(KernelRecipe(variant="performer", matrix="orf"))
+    with pytest.raises(FlexdistillError, match="choose one of: oprf, posrf, gerf, saderf, trigrf"):
+        resolve_kernel(KernelRecipe(variant="spectraformer", component="hyperbolic"))
+
+
+def test_the_matrix_is_in_the_spec():
+    plan = make_plan(tiny_llama(), KernelRecipe(variant="spectraformer", component="posrf", matrix="orf"))
+    assert {module.spec.matrix for module in plan.modules} == {"orf"}
+    assert {module.spec.to_dict()["horizon"] for module in plan.modules} == {None}
+
+
+def test_a_horizon_is_the_models_positions_unless_given(monkeypatch):
+    horizons = {}
+    for given in (None, 64):
+        plan = make_plan(tiny_gpt2(), KernelRecipe(variant="cosformer", horizon=given))
+        student = apply_plan(tiny_gpt2(), plan)
+        horizons[given] = {module.spec.horizon for module in plan.modules}
+        limit = given or 512
+        check_sequence_length(student, limit)
+        with pytest.raises(FlexdistillError, match=f"longer than the {limit} positions"):
+            check_sequence_length(student, limit + 1)
+    assert horizons == {None: {512}, 64: {64}}
+    monkeypatch.setattr(conversion, "max_positions", lambda model: None)
+    with pytest.raises(FlexdistillError, match="Variant 'cosformer' needs a horizon; set kernel.horizon."):
+        make_plan(tiny_llama(), KernelRecipe(variant="cosformer"))
 
 
 def test_a_window_on_an_encoder_is_refused():

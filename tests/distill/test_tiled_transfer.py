@@ -107,6 +107,15 @@ def test_tiles_are_the_maps(variant, component, sight):
     assert_same(feature_map, list(feature_map.parameters()), *inputs(21, scale=3.0), visible, least=1e-4)
 
 
+@pytest.mark.parametrize(("variant", "component"), [("cosformer", None), ("spectraformer", "saderf")])
+def test_kernels_that_need_more_than_queries_and_keys(variant, component):
+    # a window has a gate, without which cosFormer would have nothing to get a gradient
+    feature_map = kernel(variant, component, window=3 if variant == "cosformer" else 0).to(DEVICE)
+    visible = torch.ones(2, 21, dtype=torch.bool, device=DEVICE)
+    visible[0, -5:] = False
+    assert_same(feature_map, list(feature_map.parameters()), *inputs(21), visible, least=1e-4)
+
+
 @every_form
 @every_key_heads
 def test_heads_that_share_keys(variant, component, key_heads):
