@@ -91,7 +91,7 @@ def test_chunked_is_the_quadratic_reference(variant, component, key_heads, windo
     assert_same_gradients(actual, expected, [*leaves, *feature_map.parameters()], 1e-5)
 
 
-@every_causal_kernel
+@every_form
 @every_key_heads
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("padding", ["none", "middle"])
