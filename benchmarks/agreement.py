@@ -17,10 +17,12 @@ def compare(variant: str, component: str | None, window: int, causal: bool = Tru
     worst = {"chunked": 0.0, "recurrent": 0.0 if causal else None, "gradients": 0.0}
     for length in LENGTHS:
         torch.manual_seed(length)
-        tied = feature_map_class(variant, component).tied_by_default
-        feature_map = build_feature_map(
-            KernelSpec(variant, component, 4, 2, 32, 32, tied, window=window, causal=causal)
+        kernel = feature_map_class(variant, component)
+        matrix, horizon = next(iter(kernel.matrices), None), max(LENGTHS) if kernel.has_horizon else None
+        spec = KernelSpec(
+            variant, component, 4, 2, 32, 32, kernel.tied_by_default, "query", window, causal, matrix, horizon
         )
+        feature_map = build_feature_map(spec)
         feature_map.reset_parameters()
         query, key, value = (torch.randn(2, heads, length, 32, requires_grad=True) for heads in (4, 2, 2))
         visible = torch.ones(2, length, dtype=torch.bool)
@@ -56,6 +58,8 @@ def main() -> None:
     print(f"{'kernel':32}{'window':>10}{'chunked':>12}{'recurrent':>12}{'gradients':>12}")
     for variant, component in kernels():
         for window, causal in ((0, True), (64, True), (0, False)):
+            if causal and not feature_map_class(variant, component).causal_safe:
+                continue
             figures = compare(variant, component, window, causal)
             place = str(window) if causal else "both ways"
             cells = ("-" if figure is None else f"{figure:.1e}" for figure in figures.values())

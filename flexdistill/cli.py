@@ -16,7 +16,7 @@ from . import __version__
 from .errors import FlexdistillError
 
 # option -> settings of the recipe that it replaces
-_KERNEL = ("variant", "component", "features", "window", "tied", "key_heads", "layers")
+_KERNEL = ("variant", "component", "matrix", "features", "window", "tied", "key_heads", "layers")
 _STAGES = ("attention_transfer", "logit_distillation")
 RECIPE_SETTINGS = {
     **{name: [f"kernel.{name}"] for name in _KERNEL},
@@ -64,7 +64,8 @@ Debug = Annotated[bool, _option("--debug", callback=_set_debug, help="Show the t
 TrustRemoteCode = Annotated[bool | None, _option("--trust-remote-code", help="Run code that the source model ships.")]
 
 Variant = Annotated[str | None, _kernel_option(help="Kernel; `flexdistill variants` lists them.")]
-Component = Annotated[str | None, _kernel_option(help="Component function of the Flexformer variants.")]
+Component = Annotated[str | None, _kernel_option(help="Component function; `flexdistill variants` lists them.")]
+Matrix = Annotated[str | None, _kernel_option(help="Frequencies of spectraformer, such as orf.")]
 Features = Annotated[int | None, _kernel_option(help="Frequencies n per head; a map has 2 n features.")]
 Window = Annotated[int | None, _kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
 Tied = Annotated[bool | None, _kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
@@ -88,6 +89,7 @@ def convert(
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a file.")] = "default",
     variant: Variant = None,
     component: Component = None,
+    matrix: Matrix = None,
     features: Features = None,
     window: Window = None,
     tied: Tied = None,
@@ -131,6 +133,7 @@ def inspect(
     model: Model,
     variant: Variant = None,
     component: Component = None,
+    matrix: Matrix = None,
     features: Features = None,
     window: Window = None,
     tied: Tied = None,
@@ -197,20 +200,23 @@ def generate(
 
 @app.command()
 def variants(as_json: Json = False) -> None:
-    """List the kernels that --variant and --component choose from."""
+    """List the kernels that --variant, --component and --matrix choose from."""
     from .runtime.registry import feature_map_class, kernels
 
     rows = []
     for variant, component in kernels():
         kernel = feature_map_class(variant, component)
-        tied, paper = kernel.tied_by_default, kernel.paper
-        rows.append(dict(variant=variant, component=component, signed=kernel.signed, tied=tied, paper=paper))
+        row = dict(variant=variant, component=component, signed=kernel.signed, causal=kernel.causal_safe)
+        rows.append(row | dict(tied=kernel.tied_by_default, paper=kernel.paper, matrices=list(kernel.matrices)))
     if as_json:
         _print_json(rows)
     else:
         from .tables import print_table
 
-        print_table(list(rows[0]), [list(row.values()) for row in rows])
+        columns = [name for name in rows[0] if name != "matrices"]
+        print_table(columns, [[row[name] for name in columns] for row in rows])
+        for variant, matrices in {row["variant"]: row["matrices"] for row in rows if row["matrices"]}.items():
+            print(f"Matrices of {variant}, the default first: {', '.join(matrices)}")
 
 
 @app.command()
@@ -284,6 +290,7 @@ def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) ->
     import torch
     from transformers import set_seed
 
+    from .conversion import max_positions
     from .evaluation import load_converted
     from .runtime.cache import cache_num_bytes
     from .sources import load_tokenizer, resolve_model
@@ -303,7 +310,7 @@ def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) ->
         output = model.generate(**inputs, **settings, return_dict_in_generate=True)
     except IndexError as error:  # learned position embeddings end; rotary ones do not
         raise FlexdistillError(
-            f"Prompt and new tokens are longer than the model's {model.config.max_position_embeddings} positions; "
+            f"Prompt and new tokens are longer than the model's {max_positions(model)} positions; "
             "shorten the prompt or set a smaller --max-new-tokens."
         ) from error
     elapsed_s = time.perf_counter() - start

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from .attention_modes import AttentionCall, record_attention
 from .errors import FlexdistillError
 from .recipe import KernelRecipe
-from .runtime.configuration_flexformer import KernelSpec
+from .runtime.configuration_flexformer import FlexformerConfigMixin, KernelSpec
 from .runtime.masks import LazyMask
 from .runtime.modeling_flexformer import convert_model
-from .runtime.registry import FEATURE_MAPS, build_feature_map, feature_map_class
+from .runtime.registry import FEATURE_MAPS, build_feature_map, check_matrix, feature_map_class
 
 CONVERT, KEEP = "convert", "keep"
 
@@ -78,15 +78,21 @@ def resolve_kernel(kernel: KernelRecipe) -> KernelRecipe:
     """The kernel with its variant's defaults filled in.
 
     Raises:
-        FlexdistillError: for an unknown variant or component.
+        FlexdistillError: for an unknown variant, component or matrix, or a number of features that is not to choose.
     """
     component = kernel.component or next(iter(FEATURE_MAPS.get(kernel.variant, [None])))
     try:
         feature_map = feature_map_class(kernel.variant, component)
+        matrix = kernel.matrix or next(iter(feature_map.matrices), None)
+        check_matrix(kernel.variant, component, matrix)
     except ValueError as error:
         raise FlexdistillError(f"{error}.") from error
+    if kernel.features and not feature_map.takes_frequencies:
+        raise FlexdistillError(
+            f"Variant {kernel.variant!r} has as many features as the head size gives; leave kernel.features out."
+        )
     tied = feature_map.tied_by_default if kernel.tied is None else kernel.tied
-    return kernel.model_copy(update={"component": component, "tied": tied})
+    return kernel.model_copy(update={"component": component, "matrix": matrix, "tied": tied})
 
 
 def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
@@ -97,6 +103,8 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     """
     kernel = resolve_kernel(kernel)
     _check_architecture(model)
+    if feature_map_class(kernel.variant, kernel.component).has_horizon and kernel.horizon is None:
+        kernel = kernel.model_copy(update={"horizon": max_positions(model)})
     calls = _attention_calls(model)
     reasons = [_reason_to_keep(model, call) for call in calls]
     convertible = [index for index, reason in enumerate(reasons) if reason is None]
@@ -149,9 +157,17 @@ def _natural(text: str, least: int = 0) -> int:
     return number
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model and its kernels have positions for; None if there is no limit."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    if isinstance(model.config, FlexformerConfigMixin):
+        limits += [spec.horizon for spec in model.config.kernel_specs.values()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def check_sequence_length(model: PreTrainedModel, length: int) -> None:
     """Raises FlexdistillError if the model has fewer positions than a sequence has tokens."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(model)
     if positions is not None and length > positions:
         raise FlexdistillError(
             f"Sequences of {length} tokens are longer than the {positions} positions of the model; "
@@ -230,9 +246,18 @@ def _module_plan(model: PreTrainedModel, call: AttentionCall, kernel: KernelReci
         key_heads=kernel.key_heads,
         window=kernel.window,
         causal=call.causal,
+        matrix=kernel.matrix,
+        horizon=kernel.horizon,
     )
-    with torch.device("meta"):
-        feature_map = build_feature_map(spec)
+    try:
+        with torch.device("meta"):
+            feature_map = build_feature_map(spec)
+    except ValueError as error:
+        raise FlexdistillError(f"{error}.") from error
+    if not spec.tied and not feature_map.key_parameters:
+        raise FlexdistillError(
+            f"Variant {spec.variant!r} learns no map, so queries and keys have nothing to untie; leave --untied out."
+        )
     # S, its normaliser column, norms and maximum in float32; the window's keys, values and mask in the model's dtype
     state = 4 * spec.num_state_heads * (feature_map.num_features * (value_dim + 1) + 2) if call.causal else 0
     return ModulePlan(

@@ -141,7 +141,7 @@ def evaluate_checkpoint(directory: str | Path, teacher: str, recipe: EvaluationR
     student = load_converted(directory).to(accelerator.device)
     _check_same_model(teacher_model, student)
     length = recipe.sequence_length or 512
-    check_sequence_length(teacher_model, length)
+    check_sequence_length(student, length)  # the kernels' own limits included
     sequences = pack(read_documents(recipe), tokenizer, length, recipe.sequences)
     return compare_models(teacher_model, student, sequences, recipe.batch_size, accelerator)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
+from .conversion import max_positions
 from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .recipe import Recipe
@@ -90,6 +91,8 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
     kernel = recipe.kernel
     training_s = sum(stage["elapsed_s"] for stage in metrics["stages"])
     evaluated_on = recipe.evaluation.source or f"{recipe.data.source} (held out)"
+    paper = next(iter(feature_maps(model).values())).paper
+    name = " ".join(filter(None, (kernel.variant, kernel.component, kernel.matrix)))
     window = f", softmax window of {kernel.window} tokens" if kernel.window else ", no softmax window"
     return "\n".join(
         [
@@ -99,9 +102,9 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
             f"# {source.name.removeprefix('package:')} with linear attention",
             "",
-            f"Converted from `{source.name}` by flexdistill: softmax attention became Flexformer attention",
-            "(arXiv:2606.27748), whose state has a constant size.",
-            f"Kernel: {kernel.variant}{f' {kernel.component}' if kernel.component else ''}{window}.",
+            f"Converted from `{source.name}` by flexdistill: softmax attention became linear attention",
+            f"({paper}), whose state has a constant size.",
+            f"Kernel: {name}{window}.",
             "",
             "## Results",
             "",
@@ -145,7 +148,7 @@ def _reload_difference(model: PreTrainedModel, folder: Path) -> float:
     # long enough for keys to leave the window and for a second chunk
     windows = [feature_map.spec.window for feature_map in feature_maps(model).values()]
     length = max(windows) + 2 * CHUNK
-    length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", length))
+    length = min(length, max_positions(model) or length)
     tokens = torch.arange(length, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     difference = float((reloaded(input_ids=tokens).logits - model(input_ids=tokens).logits).abs().max())
     if not difference <= 1e-5:

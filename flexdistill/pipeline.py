@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from .distill.checkpoints import Checkpoint, Checkpoints
 from .distill.heads import SplitModel
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
+from .distill.measurement import measure_kernels
 from .errors import FlexdistillError, disk_errors
 from .evaluation import compare_models
 from .export import check_output, export, working_folder
@@ -31,6 +33,8 @@ from .progress import stage_progress
 from .recipe import Recipe, StageRecipe
 from .sources import check_vocabulary, load_model, load_tokenizer, resolve_model
 
+# sequences that kernels take their constants from
+_MEASURED_SEQUENCES = 8
 STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
 
 
@@ -67,6 +71,8 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     check_vocabulary(model, tokenizer)
     SplitModel(model)  # a model without a language-modelling head is told before it is trained
     plan = make_plan(model, recipe.kernel)
+    if not plan.parameters:
+        recipe = _without_kernel_training(recipe, accelerator)
     sequences, evaluation = load_sequences(recipe, model, tokenizer)
 
     work = working_folder(output)
@@ -74,6 +80,7 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     hashes = {name: _sha256(tensors) for name, tensors in inputs.items()}
     checkpoint = _prepare_work(work, recipe, hashes, resume, accelerator)
     student = apply_plan(model, plan).to(accelerator.device)
+    measure_kernels(student, sequences[:_MEASURED_SEQUENCES].to(accelerator.device), accelerator)
     stages = _run_stages(recipe, student, sequences, accelerator, work, checkpoint)
 
     teacher = student
@@ -156,6 +163,12 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[t
             f"A window of {recipe.kernel.window} tokens covers sequences of {data.sequence_length}, so the kernel "
             "would never be used; set a smaller --window or a larger --sequence-length."
         )
+    longest, horizon = max(data.sequence_length, length), recipe.kernel.horizon
+    if horizon is not None and longest > horizon:
+        raise FlexdistillError(
+            f"Sequences of {longest} tokens are longer than the kernel's horizon of {horizon}; set a larger "
+            "kernel.horizon or a smaller --sequence-length."
+        )
     needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
     if evaluation.source is not None:
         held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
@@ -167,6 +180,21 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[t
         )
     sequences = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + evaluation.sequences)
     return split_held_out(sequences, evaluation.sequences)
+
+
+def _without_kernel_training(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """The recipe for a kernel that has nothing to learn: without attention transfer."""
+    variant, logits = recipe.kernel.variant, recipe.logit_distillation
+    if logits.steps and logits.train == "kernels":
+        raise FlexdistillError(
+            f"Variant {variant!r} has no parameters, so train: kernels has nothing to train; set "
+            "logit_distillation.train to full or lora, or its steps to 0."
+        )
+    if not recipe.attention_transfer.steps:
+        return recipe
+    if accelerator.is_main_process:
+        print(f"Variant {variant!r} has no parameters to train, so attention transfer is left out.", file=sys.stderr)
+    return recipe.override({"attention_transfer.steps": 0})
 
 
 def _prepare_work(

@@ -27,9 +27,13 @@ class KernelRecipe(_Section):
     """Which kernel replaces softmax attention."""
 
     variant: str = Field("nonstationary", description="registered kernel; `flexdistill variants` lists them")
-    component: str | None = Field(None, description="component function of the Flexformer variants; None: hyperbolic")
+    component: str | None = Field(None, description="component function; None: the variant's first, if it has any")
+    matrix: str | None = Field(None, description="frequencies of Spectraformer's grid; None: fastfood_learnable")
     features: int | None = Field(
         None, ge=1, description="frequencies per head; the map has twice as many features; None: head size"
+    )
+    horizon: int | None = Field(
+        None, ge=1, description="tokens after which cosFormer's kernel ends; None: the model's positions"
     )
     tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
     key_heads: Literal["query", "kv"] = Field(
@@ -216,7 +220,7 @@ def shipped_recipes() -> list[str]:
 _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "data.source": (("config", "split", "column"), lambda source: True),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
-    "kernel.variant": (("component", "tied"), lambda variant: True),
+    "kernel.variant": (("component", "matrix", "horizon", "tied"), lambda variant: True),
     "logit_distillation.train": (("learning_rate",), lambda train: train == "kernels"),
 }
 

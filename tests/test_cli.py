@@ -101,7 +101,10 @@ def test_recipes(run):
 def test_variants(run):
     rows = json.loads(run("variants", "--json").out)
     assert [(row["variant"], row["component"]) for row in rows] == kernels()
-    assert "2606.27748" in run("variants").out
+    assert [row["component"] for row in rows if not row["causal"]] == ["saderf"]
+    table = run("variants").out
+    assert "2606.27748" in table
+    assert "Matrices of spectraformer, the default first: fastfood_learnable, gaussian, orf, sorf" in table
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,7 @@ def test_variants(run):
     [
         ("--variant stationary", "kernel.variant", "stationary"),
         ("--component trigonometric", "kernel.component", "trigonometric"),
+        ("--variant spectraformer --matrix orf", "kernel.matrix", "orf"),
         ("--features 32", "kernel.features", 32),
         ("--window 0", "kernel.window", 0),
         ("--tied", "kernel.tied", True),

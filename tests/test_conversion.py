@@ -17,13 +17,15 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from flexdistill import conversion
 from flexdistill.attention_modes import AttentionCall, attention_function
 from flexdistill.conversion import apply_plan, check_sequence_length, make_plan, resolve_kernel, select_layers
 from flexdistill.errors import FlexdistillError
 from flexdistill.recipe import KernelRecipe
 from flexdistill.runtime.cache import cache_num_bytes
 from flexdistill.runtime.feature_maps import FeatureMap
-from flexdistill.runtime.registry import FEATURE_MAPS, kernels
+from flexdistill.runtime.registry import FEATURE_MAPS, feature_map_class
+from tests.runtime.kernels import CAUSAL_KERNELS, LEARNED_KERNELS
 from tests.tiny import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bert": tiny_bert}
@@ -64,7 +66,7 @@ def test_plan_restores_a_model_that_fails(name):
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("variant", "component"), kernels())
+@pytest.mark.parametrize(("variant", "component"), CAUSAL_KERNELS)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"window": 6}, {"key_heads": "kv", "features": 24}, {"tied": True, "layers": "1"}],
@@ -72,6 +74,8 @@ def test_plan_restores_a_model_that_fails(name):
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_plan_numbers_are_true(variant, component, settings, name):
+    if not feature_map_class(variant, component).takes_frequencies:
+        settings = {key: value for key, value in settings.items() if key != "features"}
     model = MAKERS[name]()
     parameters = sum(p.numel() for p in model.parameters())
     plan = make_plan(model, KernelRecipe(variant=variant, component=component, **settings))
@@ -85,7 +89,8 @@ def test_plan_numbers_are_true(variant, component, settings, name):
     share = len(plan.converted) / 2
     assert plan.kv_bytes_per_token == (kv_bytes(31) - kv_bytes(30)) * share
     student = apply_plan(model, plan)
-    assert sum(p.numel() for p in student.parameters()) - parameters == plan.parameters > 0
+    assert sum(p.numel() for p in student.parameters()) - parameters == plan.parameters
+    assert (plan.parameters > 0) == ((variant, component) in LEARNED_KERNELS or "window" in settings)
     cache = DynamicCache(config=student.config)
     with torch.no_grad():
         student(input_ids=TOKENS, past_key_values=cache)
@@ -225,6 +230,40 @@ def test_defaults_of_a_kernel_are_filled_in():
     assert resolve_kernel(KernelRecipe(component="trigonometric")).tied is True
     assert resolve_kernel(KernelRecipe(component="trigonometric", tied=False)).tied is False
     assert resolve_kernel(KernelRecipe(variant="hedgehog")).component is None
+
+
+def test_defaults_of_the_grid_are_filled_in():
+    kernel = resolve_kernel(KernelRecipe(variant="spectraformer"))
+    assert (kernel.component, kernel.matrix, kernel.tied) == ("oprf", "fastfood_learnable", True)
+    kernel = resolve_kernel(KernelRecipe(variant="spectraformer", component="gerf", matrix="qmc", tied=False))
+    assert (kernel.component, kernel.matrix, kernel.tied) == ("gerf", "qmc", False)
+    assert resolve_kernel(KernelRecipe(variant="performer")).matrix is None
+    with pytest.raises(FlexdistillError, match="Variant 'performer' has no matrix 'orf'; leave the matrix out."):
+        resolve_kernel(KernelRecipe(variant="performer", matrix="orf"))
+    with pytest.raises(FlexdistillError, match="choose one of: oprf, posrf, gerf, saderf, trigrf"):
+        resolve_kernel(KernelRecipe(variant="spectraformer", component="hyperbolic"))
+
+
+def test_the_matrix_is_in_the_spec():
+    plan = make_plan(tiny_llama(), KernelRecipe(variant="spectraformer", component="posrf", matrix="orf"))
+    assert {module.spec.matrix for module in plan.modules} == {"orf"}
+    assert {module.spec.to_dict()["horizon"] for module in plan.modules} == {None}
+
+
+def test_a_horizon_is_the_models_positions_unless_given(monkeypatch):
+    horizons = {}
+    for given in (None, 64):
+        plan = make_plan(tiny_gpt2(), KernelRecipe(variant="cosformer", horizon=given))
+        student = apply_plan(tiny_gpt2(), plan)
+        horizons[given] = {module.spec.horizon for module in plan.modules}
+        limit = given or 512
+        check_sequence_length(student, limit)
+        with pytest.raises(FlexdistillError, match=f"longer than the {limit} positions"):
+            check_sequence_length(student, limit + 1)
+    assert horizons == {None: {512}, 64: {64}}
+    monkeypatch.setattr(conversion, "max_positions", lambda model: None)
+    with pytest.raises(FlexdistillError, match="Variant 'cosformer' needs a horizon; set kernel.horizon."):
+        make_plan(tiny_llama(), KernelRecipe(variant="cosformer"))
 
 
 def test_a_window_on_an_encoder_is_refused():

@@ -411,6 +411,8 @@ BAD_INPUT = {
     "seed": (-1, "seed: Input should be greater than or equal to 0"),
     "kernel.window": (32, "window of 32 tokens covers sequences of 32"),
     "kernel.variant": ("nonsense", "Unknown variant 'nonsense'"),
+    "kernel.matrix": ("orf", "Variant 'nonstationary' has no matrix 'orf'; leave the matrix out."),
+    "kernel.horizon": (16, "Variant 'nonstationary' needs no horizon"),
     "kernel.layers": ("7", "the model has layers 0 to 1"),
     "model": ("./absent", "does not exist"),
     "data.source": ("./absent.txt", "does not exist"),
@@ -509,6 +511,61 @@ def test_a_failure_leaves_the_output_and_can_be_resumed(sources, tmp_path, monke
     convert(make_recipe(sources), tmp_path / "out", overwrite=True, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "nested").exists() and len(weights(tmp_path / "out")) > 10
+
+
+BAD_KERNELS = [
+    ({"variant": "elu", "features": 8}, "as many features as the head size gives; leave kernel.features out"),
+    ({"variant": "performer", "tied": False}, "queries and keys have nothing to untie; leave --untied out"),
+    ({"variant": "cosformer", "horizon": 16}, "Sequences of 32 tokens are longer than the kernel's horizon of 16"),
+    ({"variant": "spectraformer", "component": "saderf"}, "so it cannot serve causal attention; choose another one."),
+    ({"variant": "spectraformer", "matrix": "off"}, "choose one of: fastfood_learnable, gaussian, orf"),
+    ({"variant": "spectraformer", "matrix": "mm", "features": 8}, "ask for more features, or choose another matrix."),
+]
+
+
+@pytest.mark.parametrize(("kernel", "message"), BAD_KERNELS, ids=lambda x: str(x)[:40])
+def test_kernels_that_do_not_fit_change_nothing(sources, tmp_path, kernel, message):
+    before = existing_output(tmp_path / "out")
+    with pytest.raises(FlexdistillError, match=re.escape(message)):
+        settings = {f"kernel.{name}": value for name, value in kernel.items()}
+        convert(make_recipe(sources, **settings), tmp_path / "out", overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_a_kernel_without_parameters_skips_attention_transfer(sources, tmp_path, capsys):
+    recipe = make_recipe(sources, **{"kernel.variant": "performer"})
+    metrics = convert(recipe, tmp_path / "out")
+    message = "Variant 'performer' has no parameters to train, so attention transfer is left out.\n"
+    assert capsys.readouterr().err == message
+    assert [stage["name"] for stage in metrics["stages"]] == ["logit_distillation"]
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml").attention_transfer.steps == 0
+    drawn = {name for name in weights(tmp_path / "out") if name.endswith("flexformer.frequencies")}
+    assert len(drawn) == 2
+    assert "Performer, arXiv:2009.14794" in (tmp_path / "out" / "README.md").read_text()
+    kernels_only = recipe.override({"logit_distillation.train": "kernels"})
+    with pytest.raises(FlexdistillError, match="Variant 'performer' has no parameters, so train: kernels has nothing"):
+        convert(kernels_only, tmp_path / "none")
+    assert not (tmp_path / "none.partial").exists()
+    # a window has a gate to train
+    windowed = convert(recipe.override({"kernel.window": 4}), tmp_path / "window")
+    assert [stage["name"] for stage in windowed["stages"]] == ["attention_transfer", "logit_distillation"]
+
+
+def test_measured_constants_survive_resuming(sources, tmp_path, interrupt):
+    """What OPRF takes from data is no trained parameter, so a checkpoint lacks it: it is measured again."""
+    recipe = make_recipe(sources, **{"kernel.variant": "spectraformer", "kernel.matrix": "orf"})
+    recipe = recipe.override({"attention_transfer.steps": 0})
+    convert(recipe, tmp_path / "whole")
+    statistics = {name: x for name, x in weights(tmp_path / "whole").items() if name.endswith("flexformer.statistic")}
+    assert len(statistics) == 2
+    # 2 sqrt(16) is what the statistic is before it is measured
+    assert all((x > 0).all() and (x != 8).all() for x in statistics.values())
+    interrupt(3)
+    with pytest.raises(Interrupted):
+        convert(recipe, tmp_path / "resumed")
+    interrupt(None)
+    convert(recipe, tmp_path / "resumed", resume=True)
+    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("variant", ["hedgehog", "stationary"])

@@ -53,9 +53,8 @@ class LogitDistillation:
         elif recipe.train == "lora":
             weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
         self._trained = kernels | weights
-        groups = [{"params": list(kernels.values()), "lr": recipe.kernel_learning_rate}]
-        if weights:
-            groups.append({"params": list(weights.values()), "lr": recipe.learning_rate})
+        rates = ((kernels, recipe.kernel_learning_rate), (weights, recipe.learning_rate))
+        groups = [{"params": list(trained.values()), "lr": rate} for trained, rate in rates if trained]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.clip_groups = [list(self._trained.values())]
 

@@ -11,7 +11,7 @@ import torch
 from ..losses import LEAST_WEIGHT, AttentionRows, over_queries, relative_output_error
 from ..runtime.attention import _features
 from ..runtime.backend import fused_operators
-from ..runtime.feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, FeatureMap
+from ..runtime.feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap
 
 # statistics and losses are kept as rows of one tensor: how many of each
 _ROWS, _STATISTICS = 3, 5
@@ -70,7 +70,7 @@ def tiled_rows(
 def _tiled_rows(feature_map, query, key, *, value, scaling, visible) -> AttentionRows:
     spec = feature_map.spec
     window = spec.window if spec.causal else 0
-    features = _features(feature_map, query, key, scaling, visible)
+    features = _features(feature_map, query, key, scaling, Context(visible=visible))
     log_weight, mix = features.key_log_weight, features.query_log_scale
     if window:
         gate = GATE_UNIT * feature_map.window_gate.float()[:, None]

@@ -12,7 +12,7 @@ import torch
 
 from .backend import fused_operators
 from .configuration_flexformer import KernelSpec
-from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, FeatureMap, Features
+from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap, Features
 from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
 
 _guard_counters: list["GuardCounter"] = []
@@ -45,6 +45,7 @@ class Memory:
     key: torch.Tensor  # (B, K, W, d): the window's keys, oldest first
     value: torch.Tensor  # (B, K, W, D)
     visible: torch.Tensor  # (B, W) bool: False where the window is not filled yet or holds padding
+    seen: int = 0  # tokens before the next one, for kernels of positions; the fused kernels have none and leave it
 
     @classmethod
     def empty(cls, key: torch.Tensor, value: torch.Tensor, window: int) -> "Memory":
@@ -152,11 +153,12 @@ def _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, k
     spec = feature_map.spec
     length = query.shape[-2]
     key, value, visible = _after(memory, key, value, visible)
-    features = _features(feature_map, query, key[:, :, :length], scaling, visible[:, :length])
+    context = Context(memory.seen, memory.seen - spec.window, visible[:, :length])
+    features = _features(feature_map, query, key[:, :, :length], scaling, context)
     far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
     near = window_sums(query, key, value, visible, spec.window, scaling) if spec.window else None
     output = _normalise(feature_map, far, near, features.query_log_scale)
-    memory = Memory(state, *_window_of(key, value, visible, length)) if keep_memory else None
+    memory = Memory(state, *_window_of(key, value, visible, length), memory.seen + length) if keep_memory else None
     return output.to(query.dtype), memory
 
 
@@ -167,7 +169,7 @@ def attend_without_window(feature_map, query, key, value, *, scaling, visible=No
 
 
 def _attend_without_window(feature_map, query, key, *, value, scaling, visible):
-    features = _features(feature_map, query, key, scaling, visible)
+    features = _features(feature_map, query, key, scaling, Context(visible=visible))
     value = _per_state_head(value, feature_map.spec)
     rows = causal_sums(features, value)[0] if feature_map.spec.causal else bidirectional_sums(features, value)
     return _normalise(feature_map, rows).to(query.dtype)
@@ -225,7 +227,7 @@ def attention_weights(
 def _attention_weights(feature_map, query, key, *, scaling, visible):
     spec = feature_map.spec
     length = query.shape[-2]
-    features = _features(feature_map, query, key, scaling, None)
+    features = _features(feature_map, query, key, scaling, Context(visible=visible))
     allowed = torch.ones(length, length, dtype=torch.bool, device=query.device)
     distance = torch.arange(length, device=query.device)
     distance = distance[:, None] - distance
@@ -277,11 +279,11 @@ def _softmax_scores(query, key, allowed, scaling):
     return (logits - maximum.masked_fill(maximum == -torch.inf, 0.0)[..., None]).exp(), maximum
 
 
-def _features(feature_map, query, key, scaling, visible) -> Features:
+def _features(feature_map, query, key, scaling, context: Context) -> Features:
     # kernels are defined for logits q.k / sqrt(d); a model that scales otherwise has it moved into its queries
-    features = feature_map.features(query * (scaling * query.shape[-1] ** 0.5), key)
-    if visible is not None:
-        features.key_log_weight = features.key_log_weight.masked_fill(~visible[:, None], -torch.inf)
+    features = feature_map.features(query * (scaling * query.shape[-1] ** 0.5), key, context)
+    if context.visible is not None:
+        features.key_log_weight = features.key_log_weight.masked_fill(~context.visible[:, None], -torch.inf)
     return features
 
 

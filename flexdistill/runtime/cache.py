@@ -125,7 +125,10 @@ def _map_tensors(holder, function):
     changes = {}
     for field in dataclasses.fields(holder):
         value = getattr(holder, field.name)
-        changes[field.name] = function(value) if torch.is_tensor(value) else _map_tensors(value, function)
+        if torch.is_tensor(value):
+            changes[field.name] = function(value)
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = _map_tensors(value, function)
     return dataclasses.replace(holder, **changes)
 
 

@@ -12,15 +12,18 @@ class KernelSpec:
 
     Args:
         variant: registered kernel, such as "nonstationary".
-        component: component function of the variant ("hyperbolic", "trigonometric"); None where a variant has only one.
+        component: component function of the variant, such as "hyperbolic"; None where a variant has only one.
         num_heads: query heads H.
         num_key_value_heads: key and value heads; H is a multiple of it.
         head_dim: size d of one head's queries and keys.
-        num_frequencies: frequencies n per head; feature maps return 2 n features.
+        num_frequencies: frequencies n per head; feature maps return 2 n features, except those that work on each
+            coordinate, whose number follows from the head size.
         tied: one map serves queries and keys.
         key_heads: "query" for a key map and a state per query head, "kv" for one per KV head.
         window: tokens that keep exact softmax attention; 0 for a purely linear layer.
         causal: whether a query sees earlier positions only.
+        matrix: frequencies of random features, such as "orf"; None where a variant has no choice.
+        horizon: tokens after which a kernel of distances ends; None where it has none.
     """
 
     variant: str
@@ -33,6 +36,8 @@ class KernelSpec:
     key_heads: str = "query"
     window: int = 0
     causal: bool = True
+    matrix: str | None = None
+    horizon: int | None = None
 
     @property
     def num_state_heads(self) -> int:

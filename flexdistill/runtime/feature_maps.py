@@ -36,6 +36,18 @@ class Features:
     key_log_weight: torch.Tensor  # (B, S, Tk)
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a map may need to know of tokens beside their queries and keys."""
+
+    query_start: int = 0  # position of the first query; only differences of positions have a meaning
+    key_start: int = 0
+    visible: torch.Tensor | None = None  # (B, Tk) bool, False at padding
+
+
+WHOLE_SEQUENCE = Context()
+
+
 @dataclass
 class Spectrum:
     """Parameters of the fused kernels: of the query map (one per query head) and of the key map (one per state head).
@@ -53,6 +65,7 @@ class FeatureMap(nn.Module):
 
     A subclass declares its parameters with `_add_maps`, fills them in `reset_parameters` (called for weights that a
     checkpoint lacks, so it must not rely on what memory holds), and implements `query_features` and `key_features`.
+    What is drawn or measured but not trained is a buffer: saved with the parameters, and filled in the same place.
 
     Args:
         spec: the kernel of the module this map serves.
@@ -61,6 +74,11 @@ class FeatureMap(nn.Module):
     has_spectrum = False  # the fused kernels know the features
     signed = False  # features can be negative: rows need the guarded normaliser
     calibrated = True  # log scales approximate the softmax logits, so window and kernel weigh in on one scale
+    causal_safe = True  # a token's features depend on no later token
+    takes_frequencies = True  # the number of features can be chosen; else it follows from the head size
+    has_horizon = False  # distances have an end, which the spec names
+    measures = False  # a buffer `statistic` holds the mean over training data of what `measure` returns
+    matrices: tuple[str, ...] = ()  # matrices of frequencies to choose from, the default first
     paper = ""
     tied_by_default = False
 
@@ -85,12 +103,21 @@ class FeatureMap(nn.Module):
         function = function or type(self).features
         return function(self, query, key, **arguments)
 
-    def features(self, query: torch.Tensor, key: torch.Tensor) -> Features:
-        """Maps queries (B, H, Tq, d) and keys (B, K, Tk, d), of any floating dtype, to float32 features."""
-        query, key = query.float(), key.float()
-        if self.spec.key_heads == "query":
-            key = key.repeat_interleave(self.spec.num_heads // self.spec.num_key_value_heads, dim=1)
+    def features(self, query: torch.Tensor, key: torch.Tensor, context: Context = WHOLE_SEQUENCE) -> Features:
+        """Maps queries (B, H, Tq, d) and keys (B, K, Tk, d), of any floating dtype, to float32 features.
+
+        Queries are scaled so that the softmax logits are q.k / sqrt(d).
+        """
+        query, key = query.float(), self._repeated(key.float())
         return Features(*self.query_features(query), *self.key_features(key))
+
+    def _repeated(self, key: torch.Tensor) -> torch.Tensor:
+        """(B, K, T, d) -> (B, S, T, d): a key per state head."""
+        return key.repeat_interleave(self.spec.num_state_heads // self.spec.num_key_value_heads, dim=1)
+
+    def measure(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """What this map wants to know of training data, from queries and keys as `features` gets them."""
+        raise NotImplementedError
 
     def spectrum(self) -> Spectrum:
         """What the fused kernels need to compute these features."""
@@ -106,7 +133,7 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fills every parameter with its initial value."""
+        """Fills every parameter and buffer with its initial value."""
         if self.window_gate is not None:
             init.zeros_(self.window_gate)
 
@@ -146,6 +173,12 @@ def project(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
 def per_head(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """float32 parameter (H', ...) -> (H, ...) for x (B, H, ...): one row serves each group of heads."""
     return parameter.float().repeat_interleave(x.shape[1] // parameter.shape[0], dim=0)
+
+
+def init_identity(parameter: torch.Tensor) -> None:
+    """Fills matrices (H', d, n) with the identity."""
+    identity = torch.eye(*parameter.shape[1:], device=parameter.device, dtype=parameter.dtype)
+    init.copy_(parameter, identity.expand_as(parameter))
 
 
 def from_log(log_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,7 +83,7 @@ def attach_feature_maps(base_model: nn.Module, specs: dict[str, KernelSpec]) -> 
     for name, spec in specs.items():
         module = base_model.get_submodule(name)
         feature_map = build_feature_map(spec)
-        if not any(parameter.is_meta for parameter in feature_map.parameters()):
+        if not any(tensor.is_meta for tensor in feature_map.state_dict().values()):
             feature_map.reset_parameters()
         module.add_module(NAME, feature_map)
         if hasattr(module, "layer_idx"):
@@ -105,10 +105,9 @@ def convert_model(model: PreTrainedModel, specs: dict[str, KernelSpec]) -> PreTr
     with torch.device("meta"):
         converted = flexformer_class(type(model))(config)
     converted.load_state_dict(model.state_dict(), strict=False, assign=True)
-    buffers = dict(model.named_buffers())
-    for name, _ in list(converted.named_buffers()):
+    for name, buffer in model.named_buffers():
         holder, _, leaf = name.rpartition(".")
-        converted.get_submodule(holder)._buffers[leaf] = buffers[name]
+        converted.get_submodule(holder)._buffers[leaf] = buffer
     for module in converted.modules():
         if isinstance(module, FeatureMap):
             module.to_empty(device=device)

@@ -1,8 +1,25 @@
-"""The kernels that `--variant` and `--component` choose from. Adding one is a class and a line here."""
+"""The kernels that `--variant`, `--component` and `--matrix` choose from. Adding one is a class and a line here."""
 
-from .baselines import HedgehogFeatureMap
+from .baselines import (
+    CosformerFeatureMap,
+    EluFeatureMap,
+    HedgehogFeatureMap,
+    LunaFeatureMap,
+    PolaformerFeatureMap,
+    T2RFeatureMap,
+)
 from .configuration_flexformer import KernelSpec
 from .feature_maps import FeatureMap, HyperbolicFeatureMap, TrigonometricFeatureMap
+from .random_features import (
+    DarkformerFeatureMap,
+    GeneralisedExponentialFeatureMap,
+    OptimalPositiveFeatureMap,
+    PerformerFeatureMap,
+    PositiveRandomFeatureMap,
+    RandomFeatureAttentionMap,
+    SequenceAwareFeatureMap,
+    TrigonometricRandomFeatureMap,
+)
 
 _FLEXFORMER = {"hyperbolic": HyperbolicFeatureMap, "trigonometric": TrigonometricFeatureMap}
 
@@ -11,6 +28,21 @@ FEATURE_MAPS: dict[str, dict[str | None, type[FeatureMap]]] = {
     "nonstationary": _FLEXFORMER,
     "stationary": _FLEXFORMER,
     "hedgehog": {None: HedgehogFeatureMap},
+    "t2r": {None: T2RFeatureMap},
+    "elu": {None: EluFeatureMap},
+    "performer": {None: PerformerFeatureMap},
+    "rfa": {None: RandomFeatureAttentionMap},
+    "cosformer": {None: CosformerFeatureMap},
+    "polaformer": {None: PolaformerFeatureMap},
+    "darkformer": {None: DarkformerFeatureMap},
+    "luna": {None: LunaFeatureMap},
+    "spectraformer": {
+        "oprf": OptimalPositiveFeatureMap,
+        "posrf": PositiveRandomFeatureMap,
+        "gerf": GeneralisedExponentialFeatureMap,
+        "saderf": SequenceAwareFeatureMap,
+        "trigrf": TrigonometricRandomFeatureMap,
+    },
 }
 
 
@@ -35,6 +67,27 @@ def feature_map_class(variant: str, component: str | None) -> type[FeatureMap]:
     return components[component]
 
 
+def check_matrix(variant: str, component: str | None, matrix: str | None) -> None:
+    """Raises ValueError if the kernel does not know the matrix; the message lists the valid ones."""
+    matrices = feature_map_class(variant, component).matrices
+    if matrix not in (matrices or (None,)):
+        remedy = f"choose one of: {', '.join(matrices)}" if matrices else "leave the matrix out"
+        raise ValueError(f"Variant {variant!r} has no matrix {matrix!r}; {remedy}")
+
+
 def build_feature_map(spec: KernelSpec) -> FeatureMap:
-    """The feature map of a spec, its parameters not yet filled."""
-    return feature_map_class(spec.variant, spec.component)(spec)
+    """The feature map of a spec, its parameters not yet filled.
+
+    Raises:
+        ValueError: if the kernel is unknown, or does not fit the other numbers of the spec.
+    """
+    kernel = feature_map_class(spec.variant, spec.component)
+    check_matrix(spec.variant, spec.component, spec.matrix)
+    if spec.causal and not kernel.causal_safe:
+        name = f"Component {spec.component!r}" if spec.component else f"Variant {spec.variant!r}"
+        raise ValueError(f"{name} looks at the whole sequence, so it cannot serve causal attention; choose another one")
+    if kernel.has_horizon != (spec.horizon is not None):
+        remedy = "set kernel.horizon" if kernel.has_horizon else "leave kernel.horizon out"
+        number = "a" if kernel.has_horizon else "no"
+        raise ValueError(f"Variant {spec.variant!r} needs {number} horizon; {remedy}")
+    return kernel(spec)

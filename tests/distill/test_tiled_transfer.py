@@ -21,7 +21,7 @@ from tests.runtime.kernels import (
     HEAD_DIM,
     HEADS,
     SCALING,
-    every_kernel,
+    every_form,
     every_key_heads,
     kernel,
     kernel_spec,
@@ -97,7 +97,7 @@ def assert_same(feature_map, parameters, query, key, value, visible=None, tolera
             assert relative_error(ours, theirs) <= (100 if feature_map.signed else 10) * tolerance, index
 
 
-@every_kernel
+@every_form
 @every_sight
 def test_tiles_are_the_maps(variant, component, sight):
     # frequencies and the size of values are no powers of two; padding left and right
@@ -107,7 +107,16 @@ def test_tiles_are_the_maps(variant, component, sight):
     assert_same(feature_map, list(feature_map.parameters()), *inputs(21, scale=3.0), visible, least=1e-4)
 
 
-@every_kernel
+@pytest.mark.parametrize(("variant", "component"), [("cosformer", None), ("spectraformer", "saderf")])
+def test_kernels_that_need_more_than_queries_and_keys(variant, component):
+    # a window has a gate, without which cosFormer would have nothing to get a gradient
+    feature_map = kernel(variant, component, window=3 if variant == "cosformer" else 0).to(DEVICE)
+    visible = torch.ones(2, 21, dtype=torch.bool, device=DEVICE)
+    visible[0, -5:] = False
+    assert_same(feature_map, list(feature_map.parameters()), *inputs(21), visible, least=1e-4)
+
+
+@every_form
 @every_key_heads
 def test_heads_that_share_keys(variant, component, key_heads):
     feature_map = kernel(variant, component, key_heads=key_heads, window=3).to(DEVICE)
@@ -146,7 +155,7 @@ class GivenFeatures:
     def __call__(self, query, key, function, **arguments):
         return function(self, query, key, **arguments)
 
-    def features(self, query, key) -> Features:
+    def features(self, query, key, context=None) -> Features:
         return Features(*(x.clone() for x in self.parameters))
 
 
@@ -222,7 +231,7 @@ def test_memory_is_linear():
     assert largest[24] == 2 * largest[12]
 
 
-@every_kernel
+@every_form
 def test_loss_of_one_layer(variant, component):
     feature_map = kernel(variant, component).to(DEVICE)
     arguments = inputs(20)

@@ -5,20 +5,39 @@ import torch
 
 from flexdistill.runtime.configuration_flexformer import KernelSpec
 from flexdistill.runtime.feature_maps import FeatureMap
-from flexdistill.runtime.registry import build_feature_map, kernels
+from flexdistill.runtime.registry import build_feature_map, feature_map_class, kernels
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 SCALING = HEAD_DIM**-0.5
 
-every_kernel = pytest.mark.parametrize(
-    ("variant", "component"), [pytest.param(*kernel, id="-".join(filter(None, kernel))) for kernel in kernels()]
-)
+HORIZON = 8192
+CAUSAL_KERNELS = [pair for pair in kernels() if feature_map_class(*pair).causal_safe]
+# one of each form that attention takes: positive and signed, with log scales and without
+FORMS = [pair for pair in kernels() if pair[0] in ("nonstationary", "stationary", "hedgehog")]
+
+
+def _over(pairs):
+    return pytest.mark.parametrize(
+        ("variant", "component"), [pytest.param(*pair, id="-".join(filter(None, pair))) for pair in pairs]
+    )
+
+
+every_kernel, every_causal_kernel, every_form = _over(kernels()), _over(CAUSAL_KERNELS), _over(FORMS)
+LEARNED_KERNELS = [pair for pair in kernels() if pair[0] not in ("elu", "performer", "cosformer")]
 every_key_heads = pytest.mark.parametrize("key_heads", ["query", "kv"])
 
 
 def kernel_spec(variant: str, component: str | None, **changes) -> KernelSpec:
+    kind = feature_map_class(variant, component)
     settings = dict(
-        num_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, num_frequencies=HEAD_DIM, tied=False
+        num_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        num_frequencies=HEAD_DIM,
+        tied=False,
+        causal=kind.causal_safe,
+        matrix=next(iter(kind.matrices), None),
+        horizon=HORIZON if kind.has_horizon else None,
     )
     return KernelSpec(variant, component, **settings | changes)
 

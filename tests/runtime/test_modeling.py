@@ -14,7 +14,8 @@ from flexdistill.runtime.configuration_flexformer import KernelSpec
 from flexdistill.runtime.feature_maps import FeatureMap
 from flexdistill.runtime.interface import NAME
 from flexdistill.runtime.modeling_flexformer import FlexformerMixin, convert_model, flexformer_class
-from tests.runtime.kernels import every_kernel
+from flexdistill.runtime.registry import feature_map_class
+from tests.runtime.kernels import CAUSAL_KERNELS, every_kernel
 from tests.tiny import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bert": tiny_bert}
@@ -25,8 +26,14 @@ every_generator = pytest.mark.parametrize("name", ["gpt2", "llama"])
 every_window = pytest.mark.parametrize("window", [0, 8])
 
 
+GENERATORS = [pair for pair in CAUSAL_KERNELS if pair[0] not in ("nonstationary", "stationary")]
+
+
 def specs(name, layers=(0, 1), variant="nonstationary", component="hyperbolic", **changes):
+    kind = feature_map_class(variant, component)
     settings = dict(
+        matrix=next(iter(kind.matrices), None),
+        horizon=512 if kind.has_horizon else None,
         num_heads=4,
         num_key_value_heads=2 if name == "llama" else 4,
         head_dim=16,
@@ -100,10 +107,35 @@ def test_base_weights_are_taken_over(name):
 @every_kernel
 @pytest.mark.parametrize("key_heads", ["query", "kv"])
 def test_every_kernel_survives_a_round_trip(variant, component, key_heads, tmp_path):
-    model = converted("llama", variant=variant, component=component, key_heads=key_heads, window=3)
+    causal = feature_map_class(variant, component).causal_safe
+    name, window = ("llama", 3) if causal else ("bert", 0)
+    model = converted(name, variant=variant, component=component, key_heads=key_heads, window=window)
     model.save_pretrained(tmp_path)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.manual_seed(99)  # nothing random may be drawn anew
+    reloaded = AUTO[name].from_pretrained(tmp_path)
+    assert reloaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in reloaded.state_dict().items())
     assert torch.equal(logits(reloaded, tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize(("variant", "component"), GENERATORS)
+def test_every_kernel_generates(variant, component):
+    """Left-padded and with a window: a state that goes on from a prompt gives what the whole sequence gives."""
+    model = converted("llama", variant=variant, component=component, window=3)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    settings = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=1, eos_token_id=None)
+    with_state = model.generate(tokens(12), **settings)
+    assert torch.equal(with_state, model.generate(tokens(12), use_cache=False, **settings))
+
+
+def test_fixed_frequencies_keep_full_precision(tmp_path):
+    model = converted("llama", variant="performer", component=None)
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if name.endswith("frequencies"):
+            assert torch.equal(half.get_buffer(name), buffer)
 
 
 @every_model
@@ -163,9 +195,17 @@ save_file(tensors, again + "/results.safetensors")
 """
 
 
+# kernels that need more than their own parameters: positions, constants, what is visible
+ELSEWHERE = {
+    "gpt2": dict(variant="cosformer", component=None, window=4),
+    "llama": dict(window=4),
+    "bert": dict(variant="spectraformer", component="saderf", matrix="fastfood"),
+}
+
+
 @every_model
 def test_loads_where_flexdistill_is_missing(name, tmp_path, monkeypatch):
-    model = converted(name, window=0 if name == "bert" else 4)
+    model = converted(name, **ELSEWHERE[name])
     model.save_pretrained(tmp_path / "first")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     again = tmp_path / "again"

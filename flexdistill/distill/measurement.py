@@ -1,0 +1,32 @@
+"""Constants that a kernel takes from data, measured once before training."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ..attention_modes import AttentionCall, attention_function, run_base_model
+from ..runtime.feature_maps import FeatureMap
+from .stage import feature_maps
+
+
+@torch.no_grad()
+def measure_kernels(model: PreTrainedModel, sequences: torch.Tensor, accelerator: Accelerator) -> None:
+    """Fills every feature map's `statistic` from token sequences (B, T), with softmax attention between layers."""
+    if not any(feature_map.measures for feature_map in feature_maps(model).values()):
+        return
+    # a module that several layers share is called several times
+    found: dict[FeatureMap, list[torch.Tensor]] = {}
+
+    def attend(call: AttentionCall) -> torch.Tensor:
+        feature_map = call.feature_map
+        if feature_map is not None and feature_map.measures:
+            query = call.query * (call.scaling * call.query.shape[-1] ** 0.5)
+            found.setdefault(feature_map, []).append(feature_map(query, call.key, type(feature_map).measure))
+        return call.softmax()
+
+    with attention_function(model, attend), accelerator.autocast():
+        run_base_model(model, sequences)
+    for feature_map, values in found.items():
+        feature_map.statistic.copy_(torch.stack(values).mean(0))

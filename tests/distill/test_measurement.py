@@ -1,0 +1,37 @@
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flexdistill.attention_modes import AttentionCall, record_attention
+from flexdistill.distill.measurement import measure_kernels
+from flexdistill.distill.stage import feature_maps
+from tests.distill.stages import MAKERS, sequences, student
+
+
+def statistics(model):
+    return [feature_map.statistic.clone() for feature_map in feature_maps(model).values()]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("layers", ["all", "1"])
+def test_statistics_are_those_of_softmax_activations(name, layers):
+    model = student(name, variant="spectraformer", component="oprf", matrix="orf", layers=layers)
+    before = statistics(model)
+    implementation = model.config._attn_implementation
+    measure_kernels(model, sequences(), Accelerator(cpu=True))
+    after = statistics(model)
+    assert model.config._attn_implementation == implementation
+    calls = [call for call in record_attention(model, AttentionCall.softmax, sequences()) if call.feature_map]
+    assert len(calls) == len(after) == (2 if layers == "all" else 1)
+    for call, old, new in zip(calls, before, after, strict=True):
+        assert not torch.equal(new, old)
+        # the models scale by 1 / sqrt(d), so queries are as they come
+        torch.testing.assert_close(new, call.feature_map.measure(call.query, call.key))
+
+
+def test_other_kernels_are_left_alone(monkeypatch):
+    model = student("llama", variant="performer")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(type(model.base_model), "forward", lambda *args, **kwargs: 1 / 0)
+    measure_kernels(model, sequences(), Accelerator(cpu=True))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
