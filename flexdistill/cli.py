@@ -71,6 +71,19 @@ Tied = Annotated[bool | None, _kernel_option("--tied/--untied", help="One map fo
 KeyHeads = Annotated[str | None, _kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
 Layers = Annotated[str | None, _kernel_option(help="all, indices such as 0-5,9 or every:4.")]
 
+Data = Annotated[str | None, _training_option(metavar="SOURCE", help=SOURCE_HELP)]
+SequenceLength = Annotated[int | None, _training_option(help="Tokens per sequence.")]
+BatchSize = Annotated[int | None, _training_option(help="Sequences per step, in both stages.")]
+MicroBatchSize = Annotated[int | None, _training_option(help="Sequences per forward pass.")]
+Train = Annotated[str | None, _training_option(metavar="full|lora|kernels", help="What is trained besides.")]
+EvalData = Annotated[str | None, _training_option(metavar="SOURCE", help="As --data; else held out of it.")]
+Seed = Annotated[int | None, _training_option(help="Fixes the data order and the initial kernels.")]
+Precision = Annotated[str | None, _training_option(metavar="auto|fp32|bf16")]
+Settings = Annotated[
+    list[str] | None, _option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
+]
+Overwrite = Annotated[bool, _option("--overwrite", help="Replace what is in the output folder.")]
+
 
 @app.callback()
 def _root(
@@ -93,21 +106,19 @@ def convert(
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
-    data: Annotated[str | None, _training_option(metavar="SOURCE", help=SOURCE_HELP)] = None,
-    sequence_length: Annotated[int | None, _training_option(help="Tokens per sequence.")] = None,
+    data: Data = None,
+    sequence_length: SequenceLength = None,
     attention_steps: Annotated[int | None, _training_option(help="Steps of attention transfer.")] = None,
     logit_steps: Annotated[int | None, _training_option(help="Steps of logit distillation.")] = None,
-    batch_size: Annotated[int | None, _training_option(help="Sequences per step, in both stages.")] = None,
-    micro_batch_size: Annotated[int | None, _training_option(help="Sequences per forward pass.")] = None,
-    train: Annotated[str | None, _training_option(metavar="full|lora|kernels", help="What is trained besides.")] = None,
-    eval_data: Annotated[str | None, _training_option(metavar="SOURCE", help="As --data; else held out of it.")] = None,
-    seed: Annotated[int | None, _training_option(help="Fixes the data order and the initial kernels.")] = None,
-    precision: Annotated[str | None, _training_option(metavar="auto|fp32|bf16")] = None,
-    settings: Annotated[
-        list[str] | None, _option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
-    ] = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    train: Train = None,
+    eval_data: EvalData = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    settings: Settings = None,
     output: Annotated[Path | None, _option(help="Folder of the result; else NAME-flexformer.")] = None,
-    overwrite: Annotated[bool, _option("--overwrite", help="Replace what is in the output folder.")] = False,
+    overwrite: Overwrite = False,
     resume: Annotated[bool, _option("--resume", help="Go on from the output folder's newest checkpoint.")] = False,
     dry_run: Annotated[bool, _option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
@@ -167,6 +178,60 @@ def evaluate(
     from .evaluation import evaluate_checkpoint
 
     _show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    model: Model,
+    variants: Annotated[
+        str, typer.Option(help="Kernels, such as nonstationary,stationary:component=trigonometric,hedgehog.")
+    ],
+    windows: Annotated[str, typer.Option(help="Softmax windows that each is run with, such as 0,64.")] = "0",
+    budget: Annotated[int | None, _training_option(min=1, help="Training tokens of each, at most.")] = None,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a file.")] = "default",
+    data: Data = None,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    train: Train = None,
+    eval_data: EvalData = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    settings: Settings = None,
+    points: Annotated[int, typer.Option(min=0, help="Evaluations of each during its training, about.")] = 8,
+    output: Annotated[Path | None, _option(help="Folder of the results; else NAME-comparison.")] = None,
+    export: Annotated[bool, _option("--export", help="Also write each converted model.")] = False,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, _option("--resume", help="Keep the results that the output folder holds.")] = False,
+    as_json: Json = False,
+    trust_remote_code: TrustRemoteCode = None,
+    debug: Debug = False,
+) -> None:
+    """Convert MODEL with several kernels on the same batches and compare them."""
+    resolved = _recipe(context.params)
+    from .comparison import compare as run
+    from .comparison import parse_variants
+    from .report import has_matplotlib
+    from .tables import comparison_table, print_table
+
+    comparison = run(
+        resolved,
+        parse_variants(variants),
+        output or _default_output(model, "comparison"),
+        windows=_integers("--windows", windows),
+        budget=budget,
+        points=points,
+        export_models=export,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    if as_json:
+        _print_json(comparison)
+    elif _is_main_process():
+        print_table(*comparison_table(comparison), title=model)
+    if _is_main_process() and not has_matplotlib():
+        print("There are no plots, which need matplotlib: pip install 'flexdistill[plots]'.", file=sys.stderr)
 
 
 @app.command()
@@ -275,9 +340,16 @@ def _parse_assignment(assignment: str) -> tuple[str, Any]:
         raise FlexdistillError(f"--set {assignment!r}: the value is not valid YAML.") from error
 
 
-def _default_output(model: str) -> Path:
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise FlexdistillError(f"{option} {text!r} must be whole numbers divided by commas, such as 0,64.") from error
+
+
+def _default_output(model: str, kind: str = "flexformer") -> Path:
     name = Path(model).absolute().name.removeprefix("package:").removesuffix(".gguf")
-    return Path(f"{name}-flexformer")
+    return Path(f"{name}-{kind}")
 
 
 def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) -> dict[str, Any]:

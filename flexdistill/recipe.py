@@ -196,6 +196,30 @@ class Recipe(_Section):
             _forget_ignored(nested, key, settings)
         return self._checked(nested, "The settings")
 
+    def with_budget(self, tokens: int) -> Recipe:
+        """A copy that trains on at most `tokens` tokens, shared out to the stages as this recipe's steps share them.
+
+        Steps and warm-up scale alike; batches and sequences stay as long as they are.
+        """
+        stages = {"attention_transfer": self.attention_transfer, "logit_distillation": self.logit_distillation}
+        stages = {name: stage for name, stage in stages.items() if stage.steps}
+        if not stages:
+            raise FlexdistillError("The recipe has no training steps, so a budget cannot be shared out; leave it out.")
+        planned = sum(stage.steps * stage.batch_size for stage in stages.values()) * self.data.sequence_length
+        least = -(-planned // min(stage.steps for stage in stages.values()))
+        if tokens < least:
+            raise FlexdistillError(
+                f"A budget of {tokens:,} tokens is less than a step of each stage, shared out as in the recipe; give "
+                f"{least:,} or more, or a smaller --batch-size or --sequence-length."
+            )
+        return self.override(
+            {
+                f"{name}.{setting}": getattr(stage, setting) * tokens // planned
+                for name, stage in stages.items()
+                for setting in ("steps", "warmup_steps")
+            }
+        )
+
     def to_yaml(self) -> str:
         """The complete recipe, defaults included; `load` gives back an equal one."""
         return yaml.safe_dump(_without_ignored(self.model_dump()), sort_keys=False, allow_unicode=True)

@@ -29,6 +29,12 @@ def print_table(columns: list[str], rows: list[list[Any]], *, title: str | None 
     console.print(table)
 
 
+def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
+    """The table that `print_table` would print, in Markdown."""
+    cells = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
 def print_plan(plan: Plan) -> None:
     """Prints a conversion plan, a row for each run of modules that differ in their number only, and its totals."""
     columns = [
@@ -84,6 +90,33 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
     print()
     for line in _summary(metrics):
         _console().print(line, soft_wrap=True)
+
+
+def comparison_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of what `comparison.compare` measured: the teacher once, every student with its ablations."""
+    columns = ["model", "perplexity", "over the teacher", "KL to teacher", "top-1 agreement"]
+    columns += ["attention KL", "state", "training tokens", "training seconds"]
+    rows: list[list[Any]] = []
+    for result in comparison["results"]:
+        if "error" in result:
+            rows.append([f"{result['name']}: {result['error']}", *[None] * (len(columns) - 1)])
+            continue
+        teacher = result["teacher"]["perplexity"]
+        for row in result["rows"]:
+            if row["name"] == "teacher" and any(known[0] == "teacher" for known in rows):
+                continue
+            own = row["name"] in ("teacher", "student")
+            name = row["name"] if row["name"] == "teacher" else result["name"]
+            ratio = row["perplexity"] / teacher if teacher else None
+            figures = [row["perplexity"], ratio, row["kl"], row["top1_agreement"]]
+            details = [None] * 4
+            if row["name"] == "student":
+                layers = result["attention_kl"].values()
+                seconds = sum(stage["elapsed_s"] for stage in result["stages"])
+                state = format_bytes(result["plan"]["state_bytes"])
+                details = [sum(layers) / len(layers), state, result["tokens"], seconds]
+            rows.append([name if own else f"{name}: {row['name']}", *figures, *details])
+    return columns, rows
 
 
 def format_bytes(count: int) -> str:

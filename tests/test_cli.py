@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from flexdistill import pipeline
+from flexdistill import pipeline, report
 from flexdistill.cli import main
 from flexdistill.progress import stage_progress
 from flexdistill.recipe import Recipe, shipped_recipes
@@ -81,7 +81,7 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "generate", "variants", "recipes"])
+@pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "compare", "generate", "variants", "recipes"])
 def test_help(run, command):
     assert command in run("--help").out
     result = run(command, "--help")
@@ -196,6 +196,10 @@ def test_results_as_table_and_json(run, converted):
         ("inspect gpt2 --variant nonstationry", "nonstationary, stationary"),
         ("inspect gpt2 --component cubic", "hyperbolic, trigonometric"),
         ("convert gpt2 --dry-run --variant x", "Unknown variant 'x'"),
+        ("compare gpt2 --variants hedgehog --windows 0,x", "whole numbers divided by commas"),
+        ("compare gpt2 --variants nonsense", "Unknown variant 'nonsense'"),
+        ("compare gpt2 --variants hedgehog --budget 5", "less than a step of each stage"),
+        ("compare ./missing --variants hedgehog", "'./missing' does not exist"),
         ("inspect ./missing", "'./missing' does not exist"),
         ("generate ./missing x", "'./missing' does not exist"),
     ],
@@ -302,6 +306,22 @@ def test_convert_evaluate_generate(run, models, tmp_path):
     sampled = [run(*greedy, "8", "--temperature", "1", "--seed", "1").out for _ in range(2)]
     assert sampled[0] == sampled[1]
     assert "no tokens" in run("generate", folder, "").err
+
+
+def test_compare(run, models, tmp_path, monkeypatch):
+    arguments = ["compare", str(models / "llama"), "--variants", "hedgehog,stationary", "--windows", "0,4"]
+    arguments += ["--data", "sample", "--sequence-length", "16", "--batch-size", "2", "--budget", "96", "--points", "1"]
+    result = run(*arguments, "--set", "evaluation.sequences=2", "--json")
+    assert (result.code, result.err) == (0, "")
+    comparison = json.loads(result.out)
+    assert json.loads((tmp_path / "llama-comparison" / "compare.json").read_text()) == comparison
+    assert [entry["kernel"]["window"] for entry in comparison["results"]] == [0, 4, 0, 4]
+    assert {entry["tokens"] for entry in comparison["results"]} == {64}
+    assert comparison["budget_tokens"] == 96
+    monkeypatch.setattr(report, "has_matplotlib", lambda: False)
+    again = run(*arguments, "--set", "evaluation.sequences=2", "--resume")
+    assert "hedgehog, window 4: window only" in again.out
+    assert again.err == "There are no plots, which need matplotlib: pip install 'flexdistill[plots]'.\n"
 
 
 def test_generate_refuses_what_is_not_converted(run, models):

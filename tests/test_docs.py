@@ -27,6 +27,10 @@ SHORTER = {
         *("--attention-steps", "1", "--logit-steps", "1", "--batch-size", "2", "--sequence-length", "80"),
         *("--data", "notes.txt", "--set", "evaluation.sequences=2", "--overwrite"),
     ],
+    "compare": [
+        *("--budget", "480", "--batch-size", "2", "--sequence-length", "80", "--points", "1"),
+        *("--set", "evaluation.sequences=2"),
+    ],
     "evaluate": ["--sequence-length", "16", "--sequences", "2"],
 }
 

@@ -25,6 +25,7 @@ LAYERS = [
     {"conversion", "distill"},
     {"evaluation", "export", "report"},
     {"pipeline"},
+    {"comparison"},
     {"api"},
     {"cli"},
 ]
