@@ -16,7 +16,7 @@ from . import __version__
 from .errors import FlexdistillError
 
 # option -> settings of the recipe that it replaces
-_KERNEL = ("variant", "component", "features", "window", "tied", "key_heads", "layers")
+_KERNEL = ("variant", "component", "features", "window", "tied", "key_heads", "layers", "keep_softmax")
 _STAGES = ("attention_transfer", "logit_distillation")
 RECIPE_SETTINGS = {
     **{name: [f"kernel.{name}"] for name in _KERNEL},
@@ -70,9 +70,11 @@ Window = Annotated[int | None, _kernel_option(help="Tokens that keep exact softm
 Tied = Annotated[bool | None, _kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
 KeyHeads = Annotated[str | None, _kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
 Layers = Annotated[str | None, _kernel_option(help="all, indices such as 0-5,9 or every:4.")]
+KeepSoftmax = Annotated[int | None, _kernel_option(help="Of these, layers that stay softmax, chosen by their KL gain.")]
 
 Data = Annotated[str | None, _training_option(metavar="SOURCE", help=SOURCE_HELP)]
 SequenceLength = Annotated[int | None, _training_option(help="Tokens per sequence.")]
+AttentionSteps = Annotated[int | None, _training_option(help="Steps of attention transfer.")]
 BatchSize = Annotated[int | None, _training_option(help="Sequences per step, in both stages.")]
 MicroBatchSize = Annotated[int | None, _training_option(help="Sequences per forward pass.")]
 Train = Annotated[str | None, _training_option(metavar="full|lora|kernels", help="What is trained besides.")]
@@ -106,9 +108,10 @@ def convert(
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
+    keep_softmax: KeepSoftmax = None,
     data: Data = None,
     sequence_length: SequenceLength = None,
-    attention_steps: Annotated[int | None, _training_option(help="Steps of attention transfer.")] = None,
+    attention_steps: AttentionSteps = None,
     logit_steps: Annotated[int | None, _training_option(help="Steps of logit distillation.")] = None,
     batch_size: BatchSize = None,
     micro_batch_size: MicroBatchSize = None,
@@ -147,12 +150,39 @@ def inspect(
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
+    keep_softmax: KeepSoftmax = None,
+    rank_layers: Annotated[
+        bool, _option("--rank-layers", help="Train kernels, and show what softmax would gain in each layer.")
+    ] = False,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a file.")] = "default",
+    data: Data = None,
+    sequence_length: SequenceLength = None,
+    attention_steps: AttentionSteps = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    settings: Settings = None,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = None,
     debug: Debug = False,
 ) -> None:
     """Show what would become of each attention module of MODEL."""
-    _show_plan(_recipe(context.params), as_json)
+    resolved = _recipe(context.params)
+    if not rank_layers:
+        training = ("data", "sequence_length", "attention_steps", "batch_size", "seed", "precision")
+        unused = next((name for name in training if context.params[name] is not None), None)
+        if unused:
+            raise typer.BadParameter(f"--{unused.replace('_', '-')} is for --rank-layers; nothing is trained without.")
+        _show_plan(resolved, as_json)
+        return
+    from .ranking import rank_layers as run
+    from .tables import print_ranking
+
+    ranking = run(resolved)
+    if as_json:
+        _print_json(ranking)
+    elif _is_main_process():
+        print_ranking(ranking)
 
 
 @app.command()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -27,11 +26,12 @@ from .evaluation import compare_models, student_row
 from .export import check_output, export
 from .pipeline import (
     STAGES,
+    Sequences,
     check_window,
     input_hashes,
     load_sequences,
     load_source,
-    plan_totals,
+    plan_facts,
     run_facts,
     run_stages,
     write_json,
@@ -112,8 +112,10 @@ def _compare(
     plans = {entry.name: make_plan(teacher, entry.recipe.kernel) for entry in entries}
     for entry in entries:
         check_window(entry.recipe)
-    sequences, evaluation = load_sequences(entries[0].recipe, teacher, tokenizer)
-    inputs = input_hashes(teacher, sequences, evaluation)
+    # one that chooses layers holds out text for it, and then all do
+    choosing = max((entry.recipe for entry in entries), key=lambda recipe: recipe.kernel.keep_softmax)
+    sequences = load_sequences(choosing, teacher, tokenizer)
+    inputs = input_hashes(teacher, sequences)
     keys = {entry.name: _key(entry, inputs, points, export_models) for entry in entries}
     kept = _kept_results(output, keys) if resume else {}
 
@@ -133,7 +135,7 @@ def _compare(
         if entry.name in kept:
             continue
         folder = output / _folder(entry.name)
-        student, result = _run(entry, plans[entry.name], teacher, sequences, evaluation, folder, points, accelerator)
+        student, result = _run(entry, plans[entry.name], teacher, sequences, folder, points, accelerator)
         if accelerator.is_main_process and export_models and "error" not in result:
             details = {"source": source, "recipe": entry.recipe, "metrics": result}
             export(student, tokenizer, folder / "model", logs=sorted(folder.glob("*.jsonl")), **details)
@@ -156,8 +158,7 @@ def _run(
     entry: Entry,
     plan: Plan,
     teacher: PreTrainedModel,
-    sequences: torch.Tensor,
-    evaluation: torch.Tensor,
+    sequences: Sequences,
     folder: Path,
     points: int,
     accelerator: Accelerator,
@@ -170,7 +171,7 @@ def _run(
     curve = []
 
     def evaluate(tokens: int) -> None:
-        row = student_row(teacher, student, evaluation, recipe.evaluation.batch_size, accelerator)
+        row = student_row(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
         curve.append({"tokens": tokens, **{name: row[name] for name in ("perplexity", "kl", "top1_agreement")}})
 
     if accelerator.is_main_process:
@@ -178,14 +179,15 @@ def _run(
     accelerator.wait_for_everyone()
     steps = recipe.attention_transfer.steps + recipe.logit_distillation.steps
     pauses = {"pause_every": -(-steps // points), "at_pause": evaluate} if points else {}
-    result = {"model": recipe.model, "kernel": recipe.kernel.model_dump(), "plan": plan_totals(plan)}
+    result = {"model": recipe.model, "kernel": recipe.kernel.model_dump()}
     # a comparison goes on by entries, so the stages write no checkpoints
     checkpoints = Checkpoints(folder, recipe.checkpoint.keep, writes=False)
     try:
         stages = run_stages(recipe, student, sequences, accelerator, folder, checkpoints, **pauses)
     except NonFiniteLossError as error:
         return student, result | {"curve": curve, "error": str(error)}
-    result |= compare_models(teacher, student, evaluation, recipe.evaluation.batch_size, accelerator)
+    result |= plan_facts(plan, student)
+    result |= compare_models(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
     return student, result | {"curve": curve} | run_facts(stages, started, accelerator)
 
 

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conversion import Plan, apply_plan, check_sequence_length, make_plan, resolve_kernel
+from .conversion import Plan, apply_plan, check_sequence_length, make_plan, resolve_kernel, restore_softmax
 from .data import pack, read_documents, split_held_out, train_order
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.checkpoints import Checkpoint, Checkpoints
 from .distill.heads import SplitModel
+from .distill.layer_selection import choose_layers
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
 from .errors import FlexdistillError, disk_errors
@@ -34,6 +36,19 @@ from .recipe import Recipe, StageRecipe
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
 
 STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
+
+
+# enough to tell layers apart: the same tokens are compared with each of them
+SELECTION_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids of a run, int64."""
+
+    training: torch.Tensor  # (N, T)
+    evaluation: torch.Tensor  # (M, T')
+    selection: torch.Tensor  # (S, T): training text that is held out to choose layers on
 
 
 def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resume: bool = False) -> dict:
@@ -63,10 +78,11 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
 
     source, tokenizer, model = load_source(recipe)
     plan = make_plan(model, recipe.kernel)
-    sequences, evaluation = load_sequences(recipe, model, tokenizer)
+    check_window(recipe)
+    sequences = load_sequences(recipe, model, tokenizer)
 
     work = working_folder(output)
-    checkpoint = _prepare_work(work, recipe, input_hashes(model, sequences, evaluation), resume, accelerator)
+    checkpoint = _prepare_work(work, recipe, input_hashes(model, sequences), resume, accelerator)
     checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
     student = apply_plan(model, plan).to(accelerator.device)
     stages = run_stages(recipe, student, sequences, accelerator, work, checkpoints, checkpoint)
@@ -74,8 +90,8 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     teacher = student
     if recipe.logit_distillation.steps and recipe.logit_distillation.train != "kernels":
         teacher = load_model(source, trust_remote_code=recipe.trust_remote_code).to(accelerator.device)
-    metrics = {"model": source.name, "kernel": recipe.kernel.model_dump(), "plan": plan_totals(plan)}
-    metrics |= compare_models(teacher, student, evaluation, recipe.evaluation.batch_size, accelerator)
+    metrics = {"model": source.name, "kernel": recipe.kernel.model_dump()} | plan_facts(plan, student)
+    metrics |= compare_models(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
     metrics |= run_facts(stages, started, accelerator)
     if accelerator.is_main_process:
         logs = sorted(work.glob("*.jsonl"))
@@ -100,7 +116,7 @@ def load_source(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase, P
 def run_stages(
     recipe: Recipe,
     student: PreTrainedModel,
-    sequences: torch.Tensor,
+    sequences: Sequences,
     accelerator: Accelerator,
     work: Path,
     checkpoints: Checkpoints,
@@ -111,8 +127,9 @@ def run_stages(
 ) -> list[dict]:
     """Trains `student` through every stage, from the checkpoint on if there is one.
 
+    Between the stages, `student` gets softmax attention back in as many modules as the recipe says.
+
     Args:
-        sequences: token ids (N, T).
         work: folder of the logs and summaries.
         pause_every: steps between pauses, outside of which a stage holds the model; 0: no pauses.
         at_pause: called with the number of tokens trained on, before the first step, at each pause and after the last
@@ -123,12 +140,24 @@ def run_stages(
     """
     recipes: dict[str, StageRecipe] = {name: getattr(recipe, name) for name in STAGES}
     recipes = {name: stage for name, stage in recipes.items() if stage.steps}
-    order = _orders(recipes, len(sequences), recipe.seed)
+    training = sequences.training
+    order = _orders(recipes, len(training), recipe.seed)
     reached = list(STAGES).index(checkpoint.stage) if checkpoint else -1
     summaries = []
     if pause_every:
         at_pause(0)
     for number, name in enumerate(STAGES):
+        if STAGES[name] is LogitDistillation and recipe.kernel.keep_softmax:
+            chosen = work / "kept_softmax.json"
+            if number == reached:
+                kl_gains = _read_json(chosen)
+            else:
+                kl_gains = choose_layers(
+                    student, recipe.kernel.keep_softmax, sequences.selection, recipe.evaluation.batch_size, accelerator
+                )
+                if accelerator.is_main_process:
+                    write_json(chosen, kl_gains)
+            restore_softmax(student, kl_gains)
         if name not in recipes:
             continue
         summary = work / f"{name}.json"
@@ -146,7 +175,7 @@ def run_stages(
                 result = run_stage(
                     stage,
                     recipes[name],
-                    sequences,
+                    training,
                     order[name],
                     accelerator,
                     start_step=start,
@@ -158,7 +187,7 @@ def run_stages(
                     update=update,
                 )
                 if pause_every:
-                    at_pause(tokens_before + stop * recipes[name].batch_size * sequences.shape[1])
+                    at_pause(tokens_before + stop * recipes[name].batch_size * training.shape[1])
         stage.finish()
         summaries.append(result)
         if accelerator.is_main_process:
@@ -175,24 +204,26 @@ def check_window(recipe: Recipe) -> None:
         )
 
 
-def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and evaluation sequences, (N, T) and (M, T') int64; reads no more text than the run needs."""
+def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequences:
+    """Reads no more text than the run needs."""
     data, evaluation = recipe.data, recipe.evaluation
     length = evaluation.sequence_length or data.sequence_length
     for checked in (data.sequence_length, length):
         check_sequence_length(model, checked)
-    check_window(recipe)
-    needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
-    if evaluation.source is not None:
-        held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
-        return pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1)), held_out
-    if length != data.sequence_length:
+    if evaluation.source is None and length != data.sequence_length:
         raise FlexdistillError(
             "evaluation.sequence_length differs from data.sequence_length, but held-out sequences are cut like the "
             "training data; set evaluation.source, or remove evaluation.sequence_length."
         )
-    sequences = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + evaluation.sequences)
-    return split_held_out(sequences, evaluation.sequences)
+    needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
+    evaluated = evaluation.sequences if evaluation.source is None else 0
+    held_out = evaluated + (SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0)
+    rows = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + held_out)
+    training, rows = split_held_out(rows, held_out)
+    selection = rows[evaluated:]
+    if evaluation.source is not None:
+        return Sequences(training, pack(read_documents(evaluation), tokenizer, length, evaluation.sequences), selection)
+    return Sequences(training, rows[:evaluated], selection)
 
 
 def _prepare_work(
@@ -222,9 +253,10 @@ def _prepare_work(
     return checkpoint
 
 
-def input_hashes(model: PreTrainedModel, sequences: torch.Tensor, evaluation: torch.Tensor) -> dict[str, str]:
+def input_hashes(model: PreTrainedModel, sequences: Sequences) -> dict[str, str]:
     """SHA-256 of all that a run reads, by what it is."""
-    inputs = {"model": model.state_dict(), "data": {"": sequences}, "evaluation data": {"": evaluation}}
+    data = {"training": sequences.training, "selection": sequences.selection}
+    inputs = {"model": model.state_dict(), "data": data, "evaluation data": {"": sequences.evaluation}}
     return {name: _sha256(tensors) for name, tensors in inputs.items()}
 
 
@@ -294,8 +326,11 @@ def run_facts(stages: list[dict], started: float, accelerator: Accelerator) -> d
     }
 
 
-def plan_totals(plan: Plan) -> dict:
-    """A plan in numbers, without its modules."""
+def plan_facts(plan: Plan, student: PreTrainedModel) -> dict:
+    """What metrics say of a student's modules: its plan in numbers, and which got softmax attention back."""
+    kl_gains = student.config.flexformer.get("kept_softmax", {})
+    plan = plan.keeping(kl_gains)
     totals = plan.to_dict()
     del totals["modules"]
-    return totals | {"converted": len(plan.converted), "kept": len(plan.modules) - len(plan.converted)}
+    totals |= {"converted": len(plan.converted), "kept": len(plan.modules) - len(plan.converted)}
+    return {"plan": totals, "kept_softmax": kl_gains}

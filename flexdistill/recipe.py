@@ -37,6 +37,9 @@ class KernelRecipe(_Section):
     )
     window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
     layers: str = Field("all", description="layers to convert: all, or indices such as 0-5,9 or every:4")
+    keep_softmax: int = Field(
+        0, ge=0, description="of these, layers that stay softmax, chosen by their KL gain after attention transfer"
+    )
 
 
 class DataRecipe(_Section):

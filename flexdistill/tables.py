@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .conversion import ModulePlan, Plan
 
 _NUMBER = re.compile(r"\d+")
-_PIPE_WIDTH = 160
+_PIPE_WIDTH = 200
 
 
 def print_table(columns: list[str], rows: list[list[Any]], *, title: str | None = None) -> None:
@@ -73,7 +73,21 @@ def print_plan(plan: Plan) -> None:
             f" A sequence keeps {format_bytes(plan.state_bytes)} of state instead of "
             f"{format_bytes(plan.kv_bytes_per_token)} per token: smaller from {plan.break_even_tokens:,} tokens on."
         )
+    if plan.keep_softmax:
+        line += f" Of these modules, {plan.keep_softmax} will stay softmax, chosen after attention transfer."
     _console().print(line, soft_wrap=True)
+
+
+def print_ranking(ranking: dict[str, Any]) -> None:
+    """Prints what `pipeline.rank_layers` measured."""
+    rows = [[layer["name"], layer["kl"], layer["gain"]] for layer in ranking["layers"]]
+    print_table(["softmax in", "KL to teacher", "gain"], rows)
+    lines = [f"Linear in all layers, the KL is {ranking['kl']:.4g} nats per token."]
+    if ranking["kept_softmax"]:
+        chosen = ", ".join(f"{name} ({gain:.4g})" for name, gain in ranking["kept_softmax"].items())
+        lines.append(f"Chosen one after the other, with the gain of each: {chosen}.")
+    for line in lines:
+        _console().print(line, soft_wrap=True)
 
 
 def print_metrics(metrics: dict[str, Any], title: str) -> None:
@@ -94,8 +108,17 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
 
 def comparison_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of what `comparison.compare` measured: the teacher once, every student with its ablations."""
-    columns = ["model", "perplexity", "over the teacher", "KL to teacher", "top-1 agreement"]
-    columns += ["attention KL", "state", "training tokens", "training seconds"]
+    columns = [
+        "model",
+        "perplexity",
+        "over teacher",
+        "KL",
+        "top-1 agreement",
+        "attention KL",
+        "state",
+        "tokens",
+        "seconds",
+    ]
     rows: list[list[Any]] = []
     for result in comparison["results"]:
         if "error" in result:
@@ -114,6 +137,8 @@ def comparison_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[A
                 layers = result["attention_kl"].values()
                 seconds = sum(stage["elapsed_s"] for stage in result["stages"])
                 state = format_bytes(result["plan"]["state_bytes"])
+                if result["plan"]["kept_kv_bytes_per_token"]:
+                    state += f" + {format_bytes(result['plan']['kept_kv_bytes_per_token'])} per token"
                 details = [sum(layers) / len(layers), state, result["tokens"], seconds]
             rows.append([name if own else f"{name}: {row['name']}", *figures, *details])
     return columns, rows

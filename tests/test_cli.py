@@ -115,6 +115,7 @@ def test_variants(run):
         ("--untied", "kernel.tied", False),
         ("--key-heads kv", "kernel.key_heads", "kv"),
         ("--layers every:4", "kernel.layers", "every:4"),
+        ("--keep-softmax 2", "kernel.keep_softmax", 2),
         ("--sequence-length 64", "data.sequence_length", 64),
         ("--attention-steps 7", "attention_transfer.steps", 7),
         ("--logit-steps 0", "logit_distillation.steps", 0),
@@ -218,6 +219,7 @@ def test_errors_are_one_line_and_exit_code_2(run, arguments, message):
         ("convert", "Missing argument"),
         ("evaluate gpt2 --data sample", "Missing option"),
         ("generate gpt2 x --top-p 0.9", "--temperature above 0"),
+        ("inspect gpt2 --sequence-length 8", "--sequence-length is for --rank-layers"),
         ("frobnicate", "No such command"),
     ],
 )
@@ -270,6 +272,21 @@ def test_inspect_an_encoder_promises_no_smaller_cache(run, models):
     assert result.code == 0
     assert "smaller from" not in result.out
     assert json.loads(run("inspect", str(models / "bert"), "--json").out)["kv_bytes_per_token"] == 0
+
+
+def test_inspect_says_how_many_stay_softmax(run, models):
+    assert "1 will stay softmax" in run("inspect", str(models / "llama"), "--keep-softmax", "1").out
+    assert "stay softmax" not in run("inspect", str(models / "llama")).out
+
+
+def test_inspect_ranks_layers(run, models, tmp_path):
+    arguments = ["inspect", str(models / "llama"), "--rank-layers", "--keep-softmax", "1", "--data", "sample"]
+    arguments += ["--attention-steps", "1", "--batch-size", "2", "--sequence-length", "16"]
+    ranking = json.loads(run(*arguments, "--json").out)
+    result = run(*arguments)
+    best = ranking["layers"][0]["name"]
+    assert result.out.splitlines()[1].split()[0] == best and result.out.splitlines()[-1].count(f"{best} (") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run, models, tmp_path):

@@ -25,7 +25,7 @@ LAYERS = [
     {"conversion", "distill"},
     {"evaluation", "export", "report"},
     {"pipeline"},
-    {"comparison"},
+    {"comparison", "ranking"},
     {"api"},
     {"cli"},
 ]
