@@ -193,6 +193,9 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     sequences: Annotated[int, typer.Option(help="Sequences evaluated, taken in order.")] = 48,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    by_position: Annotated[
+        bool, _option("--by-position", help="Only perplexity, by how many tokens stand before.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -205,6 +208,11 @@ def evaluate(
         "evaluation.batch_size": batch_size,
     }
     evaluation = Recipe().override(settings).evaluation
+    if by_position:
+        from .positions import evaluate_by_position
+
+        _show_positions(evaluate_by_position(directory, teacher, evaluation), as_json)
+        return
     from .evaluation import evaluate_checkpoint
 
     _show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
@@ -441,6 +449,15 @@ def _show_metrics(metrics: dict[str, Any], title: str, as_json: bool) -> None:
         from .tables import print_metrics
 
         print_metrics(metrics, title)
+
+
+def _show_positions(spans: dict[str, list[dict]], as_json: bool) -> None:
+    if as_json:
+        _print_json(spans)
+    elif _is_main_process():
+        from .tables import positions_table, print_table
+
+        print_table(*positions_table(spans))
 
 
 def _print_json(value: Any) -> None:

@@ -156,14 +156,15 @@ def evaluate_checkpoint(directory: str | Path, teacher: str, recipe: EvaluationR
     source = resolve_model(teacher)
     tokenizer, teacher_model = load_tokenizer(source), load_model(source).to(accelerator.device)
     student = load_converted(directory).to(accelerator.device)
-    _check_same_model(teacher_model, student)
+    check_same_model(teacher_model, student)
     length = recipe.sequence_length or 512
     check_sequence_length(teacher_model, length)
     sequences = pack(read_documents(recipe), tokenizer, length, recipe.sequences)
     return compare_models(teacher_model, student, sequences, recipe.batch_size, accelerator)
 
 
-def _check_same_model(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+def check_same_model(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raises FlexdistillError unless the student has all of the teacher's weights, in the same shapes."""
     ours = {name: tensor.shape for name, tensor in student.state_dict().items()}
     for name, tensor in teacher.state_dict().items():
         if ours.get(name) != tensor.shape:

@@ -144,6 +144,18 @@ def comparison_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[A
     return columns, rows
 
 
+def positions_table(spans: dict[str, list[dict]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of `positions.perplexity_by_position`, by the name of the model; the first is the teacher."""
+    teacher, *students = spans
+    columns = ["tokens before", *spans, *(f"{student} over {teacher}" for student in students)]
+    rows = []
+    for group in zip(*spans.values(), strict=True):
+        expected, *others = (span["perplexity"] for span in group)
+        ratios = [perplexity / expected for perplexity in others]
+        rows.append([f"{group[0]['from']:,} to {group[0]['to'] - 1:,}", expected, *others, *ratios])
+    return columns, rows
+
+
 def format_bytes(count: int) -> str:
     """A number of bytes in the largest decimal unit that leaves at least one."""
     for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
