@@ -27,7 +27,7 @@ LAYERS = [
     {"pipeline", "positions", "recall"},
     {"comparison", "ranking"},
     {"api"},
-    {"cli"},
+    {"cli", "cli_options"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
