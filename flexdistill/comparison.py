@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from .conversion import Plan, apply_plan, make_plan, resolve_kernel
-from .devices import make_accelerator
+from .devices import forget_peak_memory, make_accelerator
 from .distill.checkpoints import Checkpoints
 from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
@@ -166,6 +166,7 @@ def _run(
     """Trains and evaluates one student; one that diverges has the message as its `error`."""
     recipe, started = entry.recipe, time.perf_counter()
     set_seed(recipe.seed)
+    forget_peak_memory(accelerator.device)
     # converted on CPU as `convert` does, so that kernels start from the same numbers
     student = apply_plan(copy.deepcopy(teacher).cpu(), plan).to(accelerator.device)
     curve = []
