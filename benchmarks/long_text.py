@@ -25,7 +25,9 @@ def main() -> None:
     rows = pack(
         read_documents(EvaluationRecipe(source=arguments.data)), models.tokenizer_of(arguments), arguments.length
     )
-    sequences = rows[[index * len(rows) // arguments.sequences for index in range(min(arguments.sequences, len(rows)))]]
+    count = min(arguments.sequences, len(rows))
+    # in the middles of equal parts, for a book begins with its contents
+    sequences = rows[[(2 * index + 1) * len(rows) // (2 * count) for index in range(count)]]
     spans, positions = {}, None
     for name, model, accelerator in models.models(arguments):
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,17 @@ def plot_comparison(comparison: dict[str, Any], folder: Path) -> list[Path]:
             axes.plot([p["tokens"] for p in points], [p[figure] for p in points], marker=".", label=result["name"])
         if figure == "perplexity":
             axes.axhline(results[0]["teacher"]["perplexity"], color="black", linestyle="--", label="teacher")
-    with _axes(layers, "converted layer", "attention KL, nats per query") as axes:
+    with _axes(layers, "layer", "attention KL, nats per query") as axes:
         for result in results:
-            axes.plot(list(result["attention_kl"].values()), marker=".", label=result["name"])
+            numbers = [_number(name, index) for index, name in enumerate(result["attention_kl"])]
+            axes.plot(numbers, list(result["attention_kl"].values()), marker=".", label=result["name"])
     return [curves, layers]
+
+
+def _number(name: str, index: int) -> int:
+    """The number of a layer, which its name holds unless it is the only one."""
+    number = re.search(r"\d+", name)
+    return int(number[0]) if number else index
 
 
 @contextmanager
