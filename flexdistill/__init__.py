@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import convert, evaluate, plan
+    from .api import compare, convert, evaluate, plan
     from .errors import FlexdistillError, NonFiniteLossError
     from .recipe import Recipe
 
 _PUBLIC = {
+    "compare": ".api",
     "convert": ".api",
     "evaluate": ".api",
     "plan": ".api",
@@ -27,7 +28,7 @@ _PUBLIC = {
     "FlexdistillError": ".errors",
     "NonFiniteLossError": ".errors",
 }
-__all__ = ["FlexdistillError", "NonFiniteLossError", "Recipe", "convert", "evaluate", "plan"]
+__all__ = ["FlexdistillError", "NonFiniteLossError", "Recipe", "compare", "convert", "evaluate", "plan"]
 
 
 def __getattr__(name: str):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .comparison import Variant
+from .comparison import compare as run_comparison
 from .conversion import Plan, make_plan
 from .evaluation import evaluate_checkpoint
 from .pipeline import convert as run_conversion
@@ -38,6 +41,40 @@ def convert(
         FlexdistillError: if the input does not fit; nothing on disk has changed then.
     """
     return run_conversion(_with_settings(recipe, model, settings), output, overwrite=overwrite, resume=resume)
+
+
+def compare(
+    model: str,
+    output: str | Path,
+    *,
+    variants: Sequence[Variant],
+    windows: Sequence[int] = (0,),
+    budget: int | None = None,
+    recipe: Recipe | str | Path = "default",
+    points: int = 8,
+    export_models: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> dict:
+    """Converts a model with several kernels on the same batches, and writes figures, table and plots to a folder.
+
+    Args:
+        model, output, recipe, settings: as in `convert`.
+        variants, windows, budget, points, export_models, overwrite, resume: as in `comparison.compare`, which also says
+            what is returned and raised.
+    """
+    return run_comparison(
+        _with_settings(recipe, model, settings),
+        variants,
+        output,
+        windows=windows,
+        budget=budget,
+        points=points,
+        export_models=export_models,
+        overwrite=overwrite,
+        resume=resume,
+    )
 
 
 def evaluate(directory: str | Path, *, teacher: str, data: str, **settings: Any) -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .runtime.attention import Memory, attend_without_window, window_sums
@@ -124,9 +124,11 @@ def in_converted_modules(ablation: Callable[[AttentionCall], torch.Tensor]) -> C
     return lambda call: call.softmax() if call.feature_map is None else ablation(call)
 
 
-def run_base_model(model: PreTrainedModel, sequences: torch.Tensor) -> ModelOutput:
-    """The base model's output for whole token sequences (B, T), without a cache."""
+def run_base_model(model: PreTrainedModel, sequences: torch.Tensor, cache: Cache | None = None) -> ModelOutput:
+    """The base model's output for token sequences (B, T), whole or what follows on those that `cache` has seen."""
     arguments = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    if cache is not None:
+        arguments = {"use_cache": True, "past_key_values": cache}
     return model.base_model(input_ids=sequences, **arguments)
 
 

@@ -6,29 +6,47 @@ import json
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import __version__
+from .cli_options import (
+    SOURCE_HELP,
+    AttentionSteps,
+    BatchSize,
+    Checkpoint,
+    Component,
+    Data,
+    Debug,
+    EvalData,
+    Features,
+    Json,
+    KeepSoftmax,
+    KeyHeads,
+    Layers,
+    Matrix,
+    MicroBatchSize,
+    Model,
+    Overwrite,
+    Precision,
+    Seed,
+    SequenceLength,
+    Settings,
+    Tied,
+    Train,
+    TrustRemoteCode,
+    Variant,
+    Window,
+    default_output,
+    integers,
+    make_recipe,
+    option,
+    source_settings,
+    training_option,
+)
 from .errors import FlexdistillError
-
-# option -> settings of the recipe that it replaces
-_KERNEL = ("variant", "component", "matrix", "features", "window", "tied", "key_heads", "layers")
-_STAGES = ("attention_transfer", "logit_distillation")
-RECIPE_SETTINGS = {
-    **{name: [f"kernel.{name}"] for name in _KERNEL},
-    **{name: [f"{stage}.{name}" for stage in _STAGES] for name in ("batch_size", "micro_batch_size")},
-    **{name: [name] for name in ("seed", "precision", "trust_remote_code")},
-    "sequence_length": ["data.sequence_length"],
-    "attention_steps": ["attention_transfer.steps"],
-    "logit_steps": ["logit_distillation.steps"],
-    "train": ["logit_distillation.train"],
-}
-
-SOURCE_HELP = "A file or folder of text, `sample`, or a `datasets` name as NAME[:CONFIG[:SPLIT[:COLUMN]]]."
 
 app = typer.Typer(
     help="Converts pretrained Hugging Face transformers to Flexformer linear attention.",
@@ -39,44 +57,16 @@ app = typer.Typer(
 )
 
 
-def _set_debug(debug: bool) -> None:
-    if debug:
-        os.environ["FLEXDISTILL_DEBUG"] = "1"
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"flexdistill {__version__}")
         raise typer.Exit
 
 
-def _option(*names: str, panel: str | None = None, **settings: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=panel, show_default=False, **settings)
-
-
-_kernel_option = partial(_option, panel="Kernel")
-_training_option = partial(_option, panel="Training")
-
-Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file or package:NAME.")]
-Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")]
-Json = Annotated[bool, _option("--json", help="Print JSON to stdout.")]
-Debug = Annotated[bool, _option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
-TrustRemoteCode = Annotated[bool | None, _option("--trust-remote-code", help="Run code that the source model ships.")]
-
-Variant = Annotated[str | None, _kernel_option(help="Kernel; `flexdistill variants` lists them.")]
-Component = Annotated[str | None, _kernel_option(help="Component function; `flexdistill variants` lists them.")]
-Matrix = Annotated[str | None, _kernel_option(help="Frequencies of spectraformer, such as orf.")]
-Features = Annotated[int | None, _kernel_option(help="Frequencies n per head; a map has 2 n features.")]
-Window = Annotated[int | None, _kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
-Tied = Annotated[bool | None, _kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
-KeyHeads = Annotated[str | None, _kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
-Layers = Annotated[str | None, _kernel_option(help="all, indices such as 0-5,9 or every:4.")]
-
-
 @app.callback()
 def _root(
     version: Annotated[
-        bool, _option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -95,35 +85,34 @@ def convert(
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
-    data: Annotated[str | None, _training_option(metavar="SOURCE", help=SOURCE_HELP)] = None,
-    sequence_length: Annotated[int | None, _training_option(help="Tokens per sequence.")] = None,
-    attention_steps: Annotated[int | None, _training_option(help="Steps of attention transfer.")] = None,
-    logit_steps: Annotated[int | None, _training_option(help="Steps of logit distillation.")] = None,
-    batch_size: Annotated[int | None, _training_option(help="Sequences per step, in both stages.")] = None,
-    micro_batch_size: Annotated[int | None, _training_option(help="Sequences per forward pass.")] = None,
-    train: Annotated[str | None, _training_option(metavar="full|lora|kernels", help="What is trained besides.")] = None,
-    eval_data: Annotated[str | None, _training_option(metavar="SOURCE", help="As --data; else held out of it.")] = None,
-    seed: Annotated[int | None, _training_option(help="Fixes the data order and the initial kernels.")] = None,
-    precision: Annotated[str | None, _training_option(metavar="auto|fp32|bf16")] = None,
-    settings: Annotated[
-        list[str] | None, _option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
-    ] = None,
-    output: Annotated[Path | None, _option(help="Folder of the result; else NAME-flexformer.")] = None,
-    overwrite: Annotated[bool, _option("--overwrite", help="Replace what is in the output folder.")] = False,
-    resume: Annotated[bool, _option("--resume", help="Go on from the output folder's newest checkpoint.")] = False,
-    dry_run: Annotated[bool, _option("--dry-run", help="Print the plan and stop.")] = False,
+    keep_softmax: KeepSoftmax = None,
+    data: Data = None,
+    sequence_length: SequenceLength = None,
+    attention_steps: AttentionSteps = None,
+    logit_steps: Annotated[int | None, training_option(help="Steps of logit distillation.")] = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    train: Train = None,
+    eval_data: EvalData = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    settings: Settings = None,
+    output: Annotated[Path | None, option(help="Folder of the result; else NAME-flexformer.")] = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, option("--resume", help="Go on from the output folder's newest checkpoint.")] = False,
+    dry_run: Annotated[bool, option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = None,
     debug: Debug = False,
 ) -> None:
     """Convert MODEL, distil it and write a checkpoint."""
-    resolved = _recipe(context.params)
+    resolved = make_recipe(context.params)
     if dry_run:
         _show_plan(resolved, as_json)
         return
     from .pipeline import convert as run
 
-    metrics = run(resolved, output or _default_output(model), overwrite=overwrite, resume=resume)
+    metrics = run(resolved, output or default_output(model), overwrite=overwrite, resume=resume)
     _show_metrics(metrics, model, as_json)
 
 
@@ -139,12 +128,39 @@ def inspect(
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
+    keep_softmax: KeepSoftmax = None,
+    rank_layers: Annotated[
+        bool, option("--rank-layers", help="Train kernels, and show what softmax would gain in each layer.")
+    ] = False,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a file.")] = "default",
+    data: Data = None,
+    sequence_length: SequenceLength = None,
+    attention_steps: AttentionSteps = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    settings: Settings = None,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = None,
     debug: Debug = False,
 ) -> None:
     """Show what would become of each attention module of MODEL."""
-    _show_plan(_recipe(context.params), as_json)
+    resolved = make_recipe(context.params)
+    if not rank_layers:
+        training = ("data", "sequence_length", "attention_steps", "batch_size", "seed", "precision")
+        unused = next((name for name in training if context.params[name] is not None), None)
+        if unused:
+            raise typer.BadParameter(f"--{unused.replace('_', '-')} is for --rank-layers; nothing is trained without.")
+        _show_plan(resolved, as_json)
+        return
+    from .ranking import rank_layers as run
+    from .tables import print_ranking
+
+    ranking = run(resolved)
+    if as_json:
+        _print_json(ranking)
+    elif _is_main_process():
+        print_ranking(ranking)
 
 
 @app.command()
@@ -155,21 +171,83 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     sequences: Annotated[int, typer.Option(help="Sequences evaluated, taken in order.")] = 48,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    by_position: Annotated[
+        bool, option("--by-position", help="Only perplexity, by how many tokens stand before.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compare a converted model with its teacher."""
     from .recipe import Recipe
 
-    settings = _source_settings("evaluation", data) | {
+    settings = source_settings("evaluation", data) | {
         "evaluation.sequence_length": sequence_length,
         "evaluation.sequences": sequences,
         "evaluation.batch_size": batch_size,
     }
     evaluation = Recipe().override(settings).evaluation
+    if by_position:
+        from .positions import evaluate_by_position
+
+        _show_positions(evaluate_by_position(directory, teacher, evaluation), as_json)
+        return
     from .evaluation import evaluate_checkpoint
 
     _show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    model: Model,
+    variants: Annotated[
+        str, typer.Option(help="Kernels, such as nonstationary,stationary:component=trigonometric,hedgehog.")
+    ],
+    windows: Annotated[str, typer.Option(help="Softmax windows that each is run with, such as 0,64.")] = "0",
+    budget: Annotated[int | None, training_option(min=1, help="Training tokens of each, at most.")] = None,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a file.")] = "default",
+    data: Data = None,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    train: Train = None,
+    eval_data: EvalData = None,
+    seed: Seed = None,
+    precision: Precision = None,
+    settings: Settings = None,
+    points: Annotated[int, typer.Option(min=0, help="Evaluations of each during its training, about.")] = 8,
+    output: Annotated[Path | None, option(help="Folder of the results; else NAME-comparison.")] = None,
+    export: Annotated[bool, option("--export", help="Also write each converted model.")] = False,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, option("--resume", help="Keep the results that the output folder holds.")] = False,
+    as_json: Json = False,
+    trust_remote_code: TrustRemoteCode = None,
+    debug: Debug = False,
+) -> None:
+    """Convert MODEL with several kernels on the same batches and compare them."""
+    resolved = make_recipe(context.params)
+    from .comparison import compare as run
+    from .comparison import parse_variants
+    from .report import has_matplotlib
+    from .tables import comparison_table, print_table
+
+    comparison = run(
+        resolved,
+        parse_variants(variants),
+        output or default_output(model, "comparison"),
+        windows=integers("--windows", windows),
+        budget=budget,
+        points=points,
+        export_models=export,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    if as_json:
+        _print_json(comparison)
+    elif _is_main_process():
+        print_table(*comparison_table(comparison), title=model)
+    if _is_main_process() and not has_matplotlib():
+        print("There are no plots, which need matplotlib: pip install 'flexdistill[plots]'.", file=sys.stderr)
 
 
 @app.command()
@@ -178,8 +256,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float | None, _option(min=0, max=1, help="Mass of the likely tokens to sample from.")] = None,
-    seed: Annotated[int | None, _option(help="Fixes what is sampled.", min=0, max=2**32 - 1)] = None,
+    top_p: Annotated[float | None, option(min=0, max=1, help="Mass of the likely tokens to sample from.")] = None,
+    seed: Annotated[int | None, option(help="Fixes what is sampled.", min=0, max=2**32 - 1)] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -245,47 +323,6 @@ def main() -> None:
         sys.exit(130)
 
 
-def _recipe(options: dict[str, Any]) -> Any:
-    from .recipe import Recipe
-
-    settings: dict[str, Any] = {"model": options["model"]}
-    for option, keys in RECIPE_SETTINGS.items():
-        if options.get(option) is not None:
-            settings.update(dict.fromkeys(keys, options[option]))
-    for section, source in (("data", options.get("data")), ("evaluation", options.get("eval_data"))):
-        if source is not None:
-            settings.update(_source_settings(section, source))
-    for assignment in options.get("settings") or []:
-        settings.update([_parse_assignment(assignment)])
-    return Recipe.load(options.get("recipe", "default")).override(settings)
-
-
-def _source_settings(section: str, source: str) -> dict[str, str]:
-    """NAME[:CONFIG[:SPLIT[:COLUMN]]] as settings; a path that exists is never split."""
-    parts = [source] if Path(source).exists() else source.split(":")
-    names = ("source", "config", "split", "column")
-    if len(parts) > len(names):
-        raise FlexdistillError(f"Source {source!r} has too many parts; write NAME[:CONFIG[:SPLIT[:COLUMN]]].")
-    return {f"{section}.{name}": part for name, part in zip(names, parts, strict=False) if part}
-
-
-def _parse_assignment(assignment: str) -> tuple[str, Any]:
-    import yaml
-
-    key, equals, value = assignment.partition("=")
-    if not equals:
-        raise FlexdistillError(f"--set {assignment!r} has no value; write KEY=VALUE, such as kernel.window=64.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise FlexdistillError(f"--set {assignment!r}: the value is not valid YAML.") from error
-
-
-def _default_output(model: str) -> Path:
-    name = Path(model).absolute().name.removeprefix("package:").removesuffix(".gguf")
-    return Path(f"{name}-flexformer")
-
-
 def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) -> dict[str, Any]:
     import torch
     from transformers import set_seed
@@ -346,6 +383,15 @@ def _show_metrics(metrics: dict[str, Any], title: str, as_json: bool) -> None:
         from .tables import print_metrics
 
         print_metrics(metrics, title)
+
+
+def _show_positions(spans: dict[str, list[dict]], as_json: bool) -> None:
+    if as_json:
+        _print_json(spans)
+    elif _is_main_process():
+        from .tables import positions_table, print_table
+
+        print_table(*positions_table(spans))
 
 
 def _print_json(value: Any) -> None:

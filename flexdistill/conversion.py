@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import transformers
@@ -13,6 +13,7 @@ from .attention_modes import AttentionCall, record_attention
 from .errors import FlexdistillError
 from .recipe import KernelRecipe
 from .runtime.configuration_flexformer import FlexformerConfigMixin, KernelSpec
+from .runtime.interface import NAME
 from .runtime.masks import LazyMask
 from .runtime.modeling_flexformer import convert_model
 from .runtime.registry import FEATURE_MAPS, build_feature_map, check_matrix, feature_map_class
@@ -43,6 +44,7 @@ class Plan:
 
     model_class: str
     modules: tuple[ModulePlan, ...]
+    keep_softmax: int = 0  # of the converted modules, those that will get softmax back after attention transfer
 
     @property
     def converted(self) -> tuple[ModulePlan, ...]:
@@ -64,13 +66,23 @@ class Plan:
         return sum(module.kv_bytes_per_token for module in self.converted)
 
     @property
+    def kept_kv_bytes_per_token(self) -> int:
+        """Bytes per token that the modules which stay softmax go on to keep."""
+        return sum(module.kv_bytes_per_token for module in self.modules if module.action == KEEP)
+
+    @property
     def break_even_tokens(self) -> int | None:
         """Sequence length from which the state is smaller than the KV cache was; None if there was no cache."""
         return -(-self.state_bytes // self.kv_bytes_per_token) if self.kv_bytes_per_token else None
 
+    def keeping(self, kl_gains: dict[str, float]) -> Plan:
+        """The plan in which the named modules stay softmax for what they gain, in nats per token."""
+        modules = tuple(_kept(m, kl_gains[m.name]) if m.name in kl_gains else m for m in self.modules)
+        return replace(self, modules=modules, keep_softmax=self.keep_softmax - len(kl_gains))
+
     def to_dict(self) -> dict:
         """Everything in the plan and its totals, ready for JSON."""
-        totals = ("parameters", "state_bytes", "kv_bytes_per_token", "break_even_tokens")
+        totals = ("parameters", "state_bytes", "kv_bytes_per_token", "kept_kv_bytes_per_token", "break_even_tokens")
         return asdict(self) | {name: getattr(self, name) for name in totals}
 
 
@@ -117,12 +129,26 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     for index, call in enumerate(calls):
         reason = reasons[index] or (None if index in chosen else f"not among the layers {kernel.layers}")
         modules.append(_module_plan(model, call, kernel, reason))
-    return Plan(type(model).__name__, tuple(modules))
+    if kernel.keep_softmax >= len(chosen):
+        raise FlexdistillError(
+            f"Of the {len(chosen)} layers that become linear, {kernel.keep_softmax} are to stay softmax, which leaves "
+            "none; set a smaller --keep-softmax."
+        )
+    return Plan(type(model).__name__, tuple(modules), kernel.keep_softmax)
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The converted model; it takes over the weights of `model`, which must not be used again."""
     return convert_model(model, {module.name: module.spec for module in plan.converted})
+
+
+def restore_softmax(model: PreTrainedModel, kl_gains: dict[str, float]) -> None:
+    """Takes the kernels of the named modules out of a converted model; config.json keeps what each gained."""
+    layers = dict(model.config.flexformer["layers"])
+    for name in kl_gains:
+        delattr(model.base_model.get_submodule(name), NAME)
+        del layers[name]
+    model.config.flexformer = {"layers": layers, "kept_softmax": dict(kl_gains)}
 
 
 def select_layers(expression: str, count: int) -> list[int]:
@@ -270,6 +296,11 @@ def _module_plan(model: PreTrainedModel, call: AttentionCall, kernel: KernelReci
         state + spec.window * (kv_bytes + 1),
         kv_bytes if call.causal else 0,
     )
+
+
+def _kept(module: ModulePlan, kl_gain: float) -> ModulePlan:
+    reason = f"softmax gains {kl_gain:.4g} nats per token here"
+    return replace(module, action=KEEP, reason=reason, spec=None, parameters=0, state_bytes=0)
 
 
 def _count(parameters: Iterable[torch.nn.Parameter]) -> int:

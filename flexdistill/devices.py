@@ -21,6 +21,12 @@ def make_accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Counts the GPU's peak anew; that of a process on CPU cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: the GPU's allocations, or this process's resident memory on CPU."""
     if device.type == "cuda":

@@ -61,21 +61,45 @@ def compare_models(
         Beside them the mean KL of each layer's attention rows, the share of rows that the guard changed, and the number
         of tokens.
     """
-    maps = feature_maps(student)
-    causal = all(feature_map.spec.causal for feature_map in maps.values())
-    modes = {TEACHER: (teacher, lambda: softmax_mode(teacher))}
-    modes[STUDENT] = (student, contextlib.nullcontext)
-    if all(feature_map.spec.window for feature_map in maps.values()):
+    modes = {TEACHER: (teacher, lambda: softmax_mode(teacher)), STUDENT: (student, contextlib.nullcontext)}
+    if all(feature_map.spec.window for feature_map in feature_maps(student).values()):
         modes[KERNEL_ONLY] = (student, _ablation(student, AttentionCall.kernel_only))
         modes[WINDOW_ONLY] = (student, _ablation(student, AttentionCall.window_only))
     modes[NO_ATTENTION] = (student, _ablation(student, AttentionCall.nothing))
+    rows, guarded_rows = _evaluate(modes, sequences, batch_size, accelerator)
+    return {
+        "rows": rows,
+        TEACHER: rows[0],
+        STUDENT: rows[1],
+        "attention_kl": attention_kl(teacher, student, sequences[:_ATTENTION_SEQUENCES].to(accelerator.device)),
+        "guarded_rows": guarded_rows,
+        "evaluated_tokens": sequences.numel(),
+    }
+
+
+def student_row(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    sequences: torch.Tensor,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict:
+    """The student's row of `compare_models` alone, for the course of a training."""
+    modes = {TEACHER: (teacher, lambda: softmax_mode(teacher)), STUDENT: (student, contextlib.nullcontext)}
+    return _evaluate(modes, sequences, batch_size, accelerator)[0][1]
+
+
+def _evaluate(modes: dict, sequences: torch.Tensor, batch_size: int, accelerator: Accelerator) -> tuple[list, float]:
+    """A row for each mode, name -> (model, context that it runs in), and the share of the student's guarded rows."""
+    student, _ = modes[STUDENT]
+    causal = all(feature_map.spec.causal for feature_map in feature_maps(student).values())
     batches = sequences.split(batch_size)[accelerator.process_index :: accelerator.num_processes]
     # columns: loss sum and count, KL sum, agreement sum, positions; the last row counts guards
     sums = torch.zeros(len(modes) + 1, 5, dtype=torch.float64, device=accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         for batch in batches:
             batch = batch.to(accelerator.device)
-            reference, teacher_hidden = SplitModel(teacher), None
+            reference, teacher_hidden = None, None
             for row, (name, (model, mode)) in enumerate(modes.items()):
                 split = SplitModel(model)
                 with mode(), count_guards() as guards:
@@ -89,14 +113,7 @@ def compare_models(
     sums = accelerator.reduce(sums, reduction="sum")
     rows = [_row(name, values, causal) for name, values in zip(modes, sums.tolist(), strict=False)]
     guarded, guard_rows = sums[-1, :2].tolist()
-    return {
-        "rows": rows,
-        TEACHER: rows[0],
-        STUDENT: rows[1],
-        "attention_kl": attention_kl(teacher, student, sequences[:_ATTENTION_SEQUENCES].to(accelerator.device)),
-        "guarded_rows": guarded / max(guard_rows, 1),
-        "evaluated_tokens": sequences.numel(),
-    }
+    return rows, guarded / max(guard_rows, 1)
 
 
 def attention_kl(teacher: PreTrainedModel, student: PreTrainedModel, sequences: torch.Tensor) -> dict[str, float]:
@@ -139,14 +156,15 @@ def evaluate_checkpoint(directory: str | Path, teacher: str, recipe: EvaluationR
     source = resolve_model(teacher)
     tokenizer, teacher_model = load_tokenizer(source), load_model(source).to(accelerator.device)
     student = load_converted(directory).to(accelerator.device)
-    _check_same_model(teacher_model, student)
+    check_same_model(teacher_model, student)
     length = recipe.sequence_length or 512
     check_sequence_length(student, length)  # the kernels' own limits included
     sequences = pack(read_documents(recipe), tokenizer, length, recipe.sequences)
     return compare_models(teacher_model, student, sequences, recipe.batch_size, accelerator)
 
 
-def _check_same_model(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+def check_same_model(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raises FlexdistillError unless the student has all of the teacher's weights, in the same shapes."""
     ours = {name: tensor.shape for name, tensor in student.state_dict().items()}
     for name, tensor in teacher.state_dict().items():
         if ours.get(name) != tensor.shape:

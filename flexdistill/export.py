@@ -105,6 +105,7 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             f"Converted from `{source.name}` by flexdistill: softmax attention became linear attention",
             f"({paper}), whose state has a constant size.",
             f"Kernel: {name}{window}.",
+            *_kept_softmax(metrics["kept_softmax"]),
             "",
             "## Results",
             "",
@@ -134,6 +135,16 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
         ]
     )
+
+
+def _kept_softmax(kl_gains: dict[str, float]) -> list[str]:
+    if not kl_gains:
+        return []
+    layers = ", ".join(f"`{name}` ({gain:.4g})" for name, gain in kl_gains.items())
+    return [
+        "Softmax attention and its KV cache stay where they lower the KL to the teacher most (arXiv:2512.20569);",
+        f"in nats per token, before logit distillation, and each given those before it: {layers}.",
+    ]
 
 
 def _table_row(row: dict) -> str:

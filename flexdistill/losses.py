@@ -111,8 +111,12 @@ def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tens
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> Loss:
     """Cross-entropy with labels (N,); logits (N, V); label -100 does not count."""
-    rows = F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
-    return _masked(rows, labels != -100)
+    return _masked(label_rows(logits, labels), labels != -100)
+
+
+def label_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (N,) of each row, float32; shapes as in `label_loss`."""
+    return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
 
 
 def top1_agreement(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> Loss:

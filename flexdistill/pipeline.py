@@ -10,32 +10,48 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conversion import apply_plan, check_sequence_length, make_plan, resolve_kernel
+from .conversion import Plan, apply_plan, check_sequence_length, make_plan, resolve_kernel, restore_softmax
 from .data import pack, read_documents, split_held_out, train_order
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.checkpoints import Checkpoint, Checkpoints
 from .distill.heads import SplitModel
+from .distill.layer_selection import choose_layers
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
 from .distill.measurement import measure_kernels
+from .distill.stage import kernel_parameters
 from .errors import FlexdistillError, disk_errors
 from .evaluation import compare_models
 from .export import check_output, export, working_folder
 from .progress import stage_progress
 from .recipe import Recipe, StageRecipe
-from .sources import check_vocabulary, load_model, load_tokenizer, resolve_model
+from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
 
-# sequences that kernels take their constants from
-_MEASURED_SEQUENCES = 8
 STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
+# sequences that kernels take their constants from
+MEASURED_SEQUENCES = 8
+# enough to tell layers apart: the same tokens are compared with each of them
+SELECTION_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids of a run, int64."""
+
+    training: torch.Tensor  # (N, T)
+    evaluation: torch.Tensor  # (M, T')
+    selection: torch.Tensor  # (S, T): training text that is held out to choose layers on
 
 
 def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resume: bool = False) -> dict:
@@ -59,43 +75,28 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
 
 def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     started = time.perf_counter()
-    if recipe.model is None:
-        raise FlexdistillError("The recipe names no model; set model, or name one on the command line.")
     recipe = recipe.model_copy(update={"kernel": resolve_kernel(recipe.kernel)})
     accelerator = make_accelerator(recipe.precision)
     set_seed(recipe.seed)
 
-    source = resolve_model(recipe.model)
-    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
-    model = load_model(source, trust_remote_code=recipe.trust_remote_code)
-    check_vocabulary(model, tokenizer)
-    SplitModel(model)  # a model without a language-modelling head is told before it is trained
+    source, tokenizer, model = load_source(recipe)
     plan = make_plan(model, recipe.kernel)
-    if not plan.parameters:
-        recipe = _without_kernel_training(recipe, accelerator)
-    sequences, evaluation = load_sequences(recipe, model, tokenizer)
+    check_trainable(recipe, plan)
+    check_lengths(recipe)
+    sequences = load_sequences(recipe, model, tokenizer)
 
     work = working_folder(output)
-    inputs = {"model": model.state_dict(), "data": {"": sequences}, "evaluation data": {"": evaluation}}
-    hashes = {name: _sha256(tensors) for name, tensors in inputs.items()}
-    checkpoint = _prepare_work(work, recipe, hashes, resume, accelerator)
+    checkpoint = _prepare_work(work, recipe, input_hashes(model, sequences), resume, accelerator)
+    checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
     student = apply_plan(model, plan).to(accelerator.device)
-    measure_kernels(student, sequences[:_MEASURED_SEQUENCES].to(accelerator.device), accelerator)
-    stages = _run_stages(recipe, student, sequences, accelerator, work, checkpoint)
+    stages = run_stages(recipe, student, sequences, accelerator, work, checkpoints, checkpoint)
 
     teacher = student
     if recipe.logit_distillation.steps and recipe.logit_distillation.train != "kernels":
         teacher = load_model(source, trust_remote_code=recipe.trust_remote_code).to(accelerator.device)
-    metrics = {"model": source.name, "kernel": recipe.kernel.model_dump(), "plan": _plan_totals(plan)}
-    metrics |= compare_models(teacher, student, evaluation, recipe.evaluation.batch_size, accelerator)
-    metrics |= {
-        "stages": stages,
-        "tokens": sum(stage["tokens"] for stage in stages),
-        "elapsed_s": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-        "num_processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
-    }
+    metrics = {"model": source.name, "kernel": recipe.kernel.model_dump()} | plan_facts(plan, student)
+    metrics |= compare_models(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
+    metrics |= run_facts(stages, started, accelerator)
     if accelerator.is_main_process:
         logs = sorted(work.glob("*.jsonl"))
         export(student, tokenizer, output, source=source, recipe=recipe, metrics=metrics, logs=logs)
@@ -104,22 +105,71 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     return metrics
 
 
-def _run_stages(
+def load_source(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase, PreTrainedModel]:
+    """The model that a recipe names, on CPU and not converted, with its tokenizer; its head is known to be there."""
+    if recipe.model is None:
+        raise FlexdistillError("The recipe names no model; set model, or name one on the command line.")
+    source = resolve_model(recipe.model)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
+    model = load_model(source, trust_remote_code=recipe.trust_remote_code)
+    check_vocabulary(model, tokenizer)
+    SplitModel(model)  # a model without a language-modelling head is told before it is trained
+    return source, tokenizer, model
+
+
+def run_stages(
     recipe: Recipe,
     student: PreTrainedModel,
-    sequences: torch.Tensor,
+    sequences: Sequences,
     accelerator: Accelerator,
     work: Path,
-    checkpoint: Checkpoint | None,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None = None,
+    *,
+    pause_every: int = 0,
+    at_pause: Callable[[int], None] = lambda tokens: None,
 ) -> list[dict]:
-    """Trains `student` through every stage, from the checkpoint on if there is one; returns the stages' summaries."""
+    """Trains `student` through every stage, from the checkpoint on if there is one.
+
+    Between the stages, `student` gets softmax attention back in as many modules as the recipe says.
+
+    Args:
+        work: folder of the logs and summaries.
+        pause_every: steps between pauses, outside of which a stage holds the model; 0: no pauses.
+        at_pause: called with the number of tokens trained on, before the first step, at each pause and after the last
+            step of each stage; its time does not count as training.
+
+    Returns:
+        the stages' summaries.
+    """
     recipes: dict[str, StageRecipe] = {name: getattr(recipe, name) for name in STAGES}
     recipes = {name: stage for name, stage in recipes.items() if stage.steps}
-    order = _orders(recipes, len(sequences), recipe.seed)
-    checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
+    training = sequences.training
+    order = _orders(recipes, len(training), recipe.seed)
+    measure_kernels(student, training[:MEASURED_SEQUENCES].to(accelerator.device), accelerator)
+    if "attention_transfer" in recipes and not kernel_parameters(student):
+        del recipes["attention_transfer"]
+        if accelerator.is_main_process:
+            variant = recipe.kernel.variant
+            print(
+                f"Variant {variant!r} has no parameters to train, so attention transfer is left out.", file=sys.stderr
+            )
     reached = list(STAGES).index(checkpoint.stage) if checkpoint else -1
     summaries = []
+    if pause_every:
+        at_pause(0)
     for number, name in enumerate(STAGES):
+        if STAGES[name] is LogitDistillation and recipe.kernel.keep_softmax:
+            chosen = work / "kept_softmax.json"
+            if number == reached:
+                kl_gains = _read_json(chosen)
+            else:
+                kl_gains = choose_layers(
+                    student, recipe.kernel.keep_softmax, sequences.selection, recipe.evaluation.batch_size, accelerator
+                )
+                if accelerator.is_main_process:
+                    write_json(chosen, kl_gains)
+            restore_softmax(student, kl_gains)
         if name not in recipes:
             continue
         summary = work / f"{name}.json"
@@ -131,70 +181,78 @@ def _run_stages(
         if number == reached:
             checkpoint.load(stage)
             start_step = checkpoint.step
+        tokens_before = sum(summary["tokens"] for summary in summaries)
         with stage_progress(name, recipes[name].steps, start_step, enabled=accelerator.is_main_process) as update:
-            result = run_stage(
-                stage,
-                recipes[name],
-                sequences,
-                order[name],
-                accelerator,
-                start_step=start_step,
-                checkpoints=checkpoints,
-                checkpoint_number=number,
-                checkpoint_every=recipe.checkpoint.every_steps,
-                log_file=work / f"{name}.jsonl",
-                update=update,
-            )
+            for start, stop in _spans(start_step, recipes[name].steps, pause_every):
+                result = run_stage(
+                    stage,
+                    recipes[name],
+                    training,
+                    order[name],
+                    accelerator,
+                    start_step=start,
+                    stop_step=stop,
+                    checkpoints=checkpoints,
+                    checkpoint_number=number,
+                    checkpoint_every=recipe.checkpoint.every_steps,
+                    log_file=work / f"{name}.jsonl",
+                    update=update,
+                )
+                if pause_every:
+                    at_pause(tokens_before + stop * recipes[name].batch_size * training.shape[1])
         stage.finish()
         summaries.append(result)
         if accelerator.is_main_process:
-            _write_json(summary, result)
+            write_json(summary, result)
     return summaries
 
 
-def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and evaluation sequences, (N, T) and (M, T') int64; reads no more text than the run needs."""
+def check_lengths(recipe: Recipe) -> None:
+    """Raises FlexdistillError if the window covers the training sequences, or they go beyond the kernel's horizon."""
+    kernel, length = recipe.kernel, recipe.data.sequence_length
+    if kernel.window >= length:
+        raise FlexdistillError(
+            f"A window of {kernel.window} tokens covers sequences of {length}, so the kernel would never be used; set "
+            "a smaller --window or a larger --sequence-length."
+        )
+    longest = max(length, recipe.evaluation.sequence_length or 0)
+    if kernel.horizon is not None and longest > kernel.horizon:
+        raise FlexdistillError(
+            f"Sequences of {longest} tokens are longer than the kernel's horizon of {kernel.horizon}; set a larger "
+            "kernel.horizon or a smaller --sequence-length."
+        )
+
+
+def check_trainable(recipe: Recipe, plan: Plan) -> None:
+    """Raises FlexdistillError if the kernels alone are to be trained and have no parameters."""
+    logits = recipe.logit_distillation
+    if not plan.parameters and logits.steps and logits.train == "kernels":
+        raise FlexdistillError(
+            f"Variant {recipe.kernel.variant!r} has no parameters, so train: kernels has nothing to train; set "
+            "logit_distillation.train to full or lora, or its steps to 0."
+        )
+
+
+def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequences:
+    """Reads no more text than the run needs."""
     data, evaluation = recipe.data, recipe.evaluation
     length = evaluation.sequence_length or data.sequence_length
     for checked in (data.sequence_length, length):
         check_sequence_length(model, checked)
-    if recipe.kernel.window >= data.sequence_length:
-        raise FlexdistillError(
-            f"A window of {recipe.kernel.window} tokens covers sequences of {data.sequence_length}, so the kernel "
-            "would never be used; set a smaller --window or a larger --sequence-length."
-        )
-    longest, horizon = max(data.sequence_length, length), recipe.kernel.horizon
-    if horizon is not None and longest > horizon:
-        raise FlexdistillError(
-            f"Sequences of {longest} tokens are longer than the kernel's horizon of {horizon}; set a larger "
-            "kernel.horizon or a smaller --sequence-length."
-        )
-    needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
-    if evaluation.source is not None:
-        held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
-        return pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1)), held_out
-    if length != data.sequence_length:
+    if evaluation.source is None and length != data.sequence_length:
         raise FlexdistillError(
             "evaluation.sequence_length differs from data.sequence_length, but held-out sequences are cut like the "
             "training data; set evaluation.source, or remove evaluation.sequence_length."
         )
-    sequences = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + evaluation.sequences)
-    return split_held_out(sequences, evaluation.sequences)
-
-
-def _without_kernel_training(recipe: Recipe, accelerator: Accelerator) -> Recipe:
-    """The recipe for a kernel that has nothing to learn: without attention transfer."""
-    variant, logits = recipe.kernel.variant, recipe.logit_distillation
-    if logits.steps and logits.train == "kernels":
-        raise FlexdistillError(
-            f"Variant {variant!r} has no parameters, so train: kernels has nothing to train; set "
-            "logit_distillation.train to full or lora, or its steps to 0."
-        )
-    if not recipe.attention_transfer.steps:
-        return recipe
-    if accelerator.is_main_process:
-        print(f"Variant {variant!r} has no parameters to train, so attention transfer is left out.", file=sys.stderr)
-    return recipe.override({"attention_transfer.steps": 0})
+    needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
+    evaluated = evaluation.sequences if evaluation.source is None else 0
+    held_out = evaluated + (SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0)
+    rows = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + held_out)
+    training, rows = split_held_out(rows, held_out)
+    selection = rows[evaluated:]
+    if evaluation.source is not None:
+        return Sequences(training, pack(read_documents(evaluation), tokenizer, length, evaluation.sequences), selection)
+    return Sequences(training, rows[:evaluated], selection)
 
 
 def _prepare_work(
@@ -218,10 +276,17 @@ def _prepare_work(
     if accelerator.is_main_process and not resume:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        _write_json(inputs, hashes)
+        write_json(inputs, hashes)
         settings.write_text(recipe.to_yaml())
     accelerator.wait_for_everyone()
     return checkpoint
+
+
+def input_hashes(model: PreTrainedModel, sequences: Sequences) -> dict[str, str]:
+    """SHA-256 of all that a run reads, by what it is."""
+    data = {"training": sequences.training, "selection": sequences.selection}
+    inputs = {"model": model.state_dict(), "data": data, "evaluation data": {"": sequences.evaluation}}
+    return {name: _sha256(tensors) for name, tensors in inputs.items()}
 
 
 def _sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -232,9 +297,10 @@ def _sha256(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_json(file: Path, value: dict) -> None:
+def write_json(file: Path, value: dict) -> None:
+    """Writes aside, then renames, so that the file is whole or as it was."""
     aside = file.with_suffix(".writing")
-    aside.write_text(json.dumps(value))
+    aside.write_text(json.dumps(value, indent=2) + "\n")
     aside.replace(file)
 
 
@@ -271,7 +337,29 @@ def _orders(stages: dict[str, StageRecipe], num_sequences: int, seed: int) -> di
     return {name: part.view(-1, stages[name].batch_size) for name, part in zip(stages, parts, strict=True)}
 
 
-def _plan_totals(plan) -> dict:
+def _spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Steps from `start` to `stop` cut at the multiples of `size`; 0 cuts nowhere."""
+    cuts = [cut for cut in range(0, stop, size or stop) if cut > start]
+    return list(pairwise([start, *cuts, stop]))
+
+
+def run_facts(stages: list[dict], started: float, accelerator: Accelerator) -> dict:
+    """What metrics say of a run beside its evaluation; `started` is a time of `time.perf_counter`."""
+    return {
+        "stages": stages,
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "elapsed_s": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu",
+    }
+
+
+def plan_facts(plan: Plan, student: PreTrainedModel) -> dict:
+    """What metrics say of a student's modules: its plan in numbers, and which got softmax attention back."""
+    kl_gains = student.config.flexformer.get("kept_softmax", {})
+    plan = plan.keeping(kl_gains)
     totals = plan.to_dict()
     del totals["modules"]
-    return totals | {"converted": len(plan.converted), "kept": len(plan.modules) - len(plan.converted)}
+    totals |= {"converted": len(plan.converted), "kept": len(plan.modules) - len(plan.converted)}
+    return {"plan": totals, "kept_softmax": kl_gains}

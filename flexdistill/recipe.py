@@ -41,6 +41,9 @@ class KernelRecipe(_Section):
     )
     window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
     layers: str = Field("all", description="layers to convert: all, or indices such as 0-5,9 or every:4")
+    keep_softmax: int = Field(
+        0, ge=0, description="of these, layers that stay softmax, chosen by their KL gain after attention transfer"
+    )
 
 
 class DataRecipe(_Section):
@@ -199,6 +202,30 @@ class Recipe(_Section):
         for key in settings:
             _forget_ignored(nested, key, settings)
         return self._checked(nested, "The settings")
+
+    def with_budget(self, tokens: int) -> Recipe:
+        """A copy that trains on at most `tokens` tokens, shared out to the stages as this recipe's steps share them.
+
+        Steps and warm-up scale alike; batches and sequences stay as long as they are.
+        """
+        stages = {"attention_transfer": self.attention_transfer, "logit_distillation": self.logit_distillation}
+        stages = {name: stage for name, stage in stages.items() if stage.steps}
+        if not stages:
+            raise FlexdistillError("The recipe has no training steps, so a budget cannot be shared out; leave it out.")
+        planned = sum(stage.steps * stage.batch_size for stage in stages.values()) * self.data.sequence_length
+        least = -(-planned // min(stage.steps for stage in stages.values()))
+        if tokens < least:
+            raise FlexdistillError(
+                f"A budget of {tokens:,} tokens is less than a step of each stage, shared out as in the recipe; give "
+                f"{least:,} or more, or a smaller --batch-size or --sequence-length."
+            )
+        return self.override(
+            {
+                f"{name}.{setting}": getattr(stage, setting) * tokens // planned
+                for name, stage in stages.items()
+                for setting in ("steps", "warmup_steps")
+            }
+        )
 
     def to_yaml(self) -> str:
         """The complete recipe, defaults included; `load` gives back an equal one."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .conversion import ModulePlan, Plan
 
 _NUMBER = re.compile(r"\d+")
-_PIPE_WIDTH = 160
+_PIPE_WIDTH = 200
 
 
 def print_table(columns: list[str], rows: list[list[Any]], *, title: str | None = None) -> None:
@@ -27,6 +27,12 @@ def print_table(columns: list[str], rows: list[list[Any]], *, title: str | None 
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     console.print(table)
+
+
+def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
+    """The table that `print_table` would print, in Markdown."""
+    cells = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def print_plan(plan: Plan) -> None:
@@ -67,7 +73,21 @@ def print_plan(plan: Plan) -> None:
             f" A sequence keeps {format_bytes(plan.state_bytes)} of state instead of "
             f"{format_bytes(plan.kv_bytes_per_token)} per token: smaller from {plan.break_even_tokens:,} tokens on."
         )
+    if plan.keep_softmax:
+        line += f" Of these modules, {plan.keep_softmax} will stay softmax, chosen after attention transfer."
     _console().print(line, soft_wrap=True)
+
+
+def print_ranking(ranking: dict[str, Any]) -> None:
+    """Prints what `pipeline.rank_layers` measured."""
+    rows = [[layer["name"], layer["kl"], layer["gain"]] for layer in ranking["layers"]]
+    print_table(["softmax in", "KL to teacher", "gain"], rows)
+    lines = [f"Linear in all layers, the KL is {ranking['kl']:.4g} nats per token."]
+    if ranking["kept_softmax"]:
+        chosen = ", ".join(f"{name} ({gain:.4g})" for name, gain in ranking["kept_softmax"].items())
+        lines.append(f"Chosen one after the other, with the gain of each: {chosen}.")
+    for line in lines:
+        _console().print(line, soft_wrap=True)
 
 
 def print_metrics(metrics: dict[str, Any], title: str) -> None:
@@ -84,6 +104,56 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
     print()
     for line in _summary(metrics):
         _console().print(line, soft_wrap=True)
+
+
+def comparison_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of what `comparison.compare` measured: the teacher once, every student with its ablations."""
+    columns = [
+        "model",
+        "perplexity",
+        "over teacher",
+        "KL",
+        "top-1 agreement",
+        "attention KL",
+        "state",
+        "tokens",
+        "seconds",
+    ]
+    rows: list[list[Any]] = []
+    for result in comparison["results"]:
+        if "error" in result:
+            rows.append([f"{result['name']}: {result['error']}", *[None] * (len(columns) - 1)])
+            continue
+        teacher = result["teacher"]["perplexity"]
+        for row in result["rows"]:
+            if row["name"] == "teacher" and any(known[0] == "teacher" for known in rows):
+                continue
+            own = row["name"] in ("teacher", "student")
+            name = row["name"] if row["name"] == "teacher" else result["name"]
+            ratio = row["perplexity"] / teacher if teacher else None
+            figures = [row["perplexity"], ratio, row["kl"], row["top1_agreement"]]
+            details = [None] * 4
+            if row["name"] == "student":
+                layers = result["attention_kl"].values()
+                seconds = sum(stage["elapsed_s"] for stage in result["stages"])
+                state = format_bytes(result["plan"]["state_bytes"])
+                if result["plan"]["kept_kv_bytes_per_token"]:
+                    state += f" + {format_bytes(result['plan']['kept_kv_bytes_per_token'])} per token"
+                details = [sum(layers) / len(layers), state, result["tokens"], seconds]
+            rows.append([name if own else f"{name}: {row['name']}", *figures, *details])
+    return columns, rows
+
+
+def positions_table(spans: dict[str, list[dict]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of `positions.perplexity_by_position`, by the name of the model; the first is the teacher."""
+    teacher, *students = spans
+    columns = ["tokens before", *spans, *(f"{student} over {teacher}" for student in students)]
+    rows = []
+    for group in zip(*spans.values(), strict=True):
+        expected, *others = (span["perplexity"] for span in group)
+        ratios = [perplexity / expected for perplexity in others]
+        rows.append([f"{group[0]['from']:,} to {group[0]['to'] - 1:,}", expected, *others, *ratios])
+    return columns, rows
 
 
 def format_bytes(count: int) -> str:

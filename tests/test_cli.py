@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from flexdistill import pipeline
+from flexdistill import pipeline, report
 from flexdistill.cli import main
 from flexdistill.progress import stage_progress
 from flexdistill.recipe import Recipe, shipped_recipes
@@ -81,7 +81,7 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "generate", "variants", "recipes"])
+@pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "compare", "generate", "variants", "recipes"])
 def test_help(run, command):
     assert command in run("--help").out
     result = run(command, "--help")
@@ -119,6 +119,7 @@ def test_variants(run):
         ("--untied", "kernel.tied", False),
         ("--key-heads kv", "kernel.key_heads", "kv"),
         ("--layers every:4", "kernel.layers", "every:4"),
+        ("--keep-softmax 2", "kernel.keep_softmax", 2),
         ("--sequence-length 64", "data.sequence_length", 64),
         ("--attention-steps 7", "attention_transfer.steps", 7),
         ("--logit-steps 0", "logit_distillation.steps", 0),
@@ -200,6 +201,10 @@ def test_results_as_table_and_json(run, converted):
         ("inspect gpt2 --variant nonstationry", "nonstationary, stationary"),
         ("inspect gpt2 --component cubic", "hyperbolic, trigonometric"),
         ("convert gpt2 --dry-run --variant x", "Unknown variant 'x'"),
+        ("compare gpt2 --variants hedgehog --windows 0,x", "whole numbers divided by commas"),
+        ("compare gpt2 --variants nonsense", "Unknown variant 'nonsense'"),
+        ("compare gpt2 --variants hedgehog --budget 5", "less than a step of each stage"),
+        ("compare ./missing --variants hedgehog", "'./missing' does not exist"),
         ("inspect ./missing", "'./missing' does not exist"),
         ("generate ./missing x", "'./missing' does not exist"),
     ],
@@ -218,6 +223,7 @@ def test_errors_are_one_line_and_exit_code_2(run, arguments, message):
         ("convert", "Missing argument"),
         ("evaluate gpt2 --data sample", "Missing option"),
         ("generate gpt2 x --top-p 0.9", "--temperature above 0"),
+        ("inspect gpt2 --sequence-length 8", "--sequence-length is for --rank-layers"),
         ("frobnicate", "No such command"),
     ],
 )
@@ -272,6 +278,21 @@ def test_inspect_an_encoder_promises_no_smaller_cache(run, models):
     assert json.loads(run("inspect", str(models / "bert"), "--json").out)["kv_bytes_per_token"] == 0
 
 
+def test_inspect_says_how_many_stay_softmax(run, models):
+    assert "1 will stay softmax" in run("inspect", str(models / "llama"), "--keep-softmax", "1").out
+    assert "stay softmax" not in run("inspect", str(models / "llama")).out
+
+
+def test_inspect_ranks_layers(run, models, tmp_path):
+    arguments = ["inspect", str(models / "llama"), "--rank-layers", "--keep-softmax", "1", "--data", "sample"]
+    arguments += ["--attention-steps", "1", "--batch-size", "2", "--sequence-length", "16"]
+    ranking = json.loads(run(*arguments, "--json").out)
+    result = run(*arguments)
+    best = ranking["layers"][0]["name"]
+    assert result.out.splitlines()[1].split()[0] == best and result.out.splitlines()[-1].count(f"{best} (") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(run, models, tmp_path):
     plan = json.loads(run("convert", str(models / "gpt2"), "--dry-run", "--json").out)
     assert [module["action"] for module in plan["modules"]] == ["convert", "convert"]
@@ -306,6 +327,22 @@ def test_convert_evaluate_generate(run, models, tmp_path):
     sampled = [run(*greedy, "8", "--temperature", "1", "--seed", "1").out for _ in range(2)]
     assert sampled[0] == sampled[1]
     assert "no tokens" in run("generate", folder, "").err
+
+
+def test_compare(run, models, tmp_path, monkeypatch):
+    arguments = ["compare", str(models / "llama"), "--variants", "hedgehog,stationary", "--windows", "0,4"]
+    arguments += ["--data", "sample", "--sequence-length", "16", "--batch-size", "2", "--budget", "96", "--points", "1"]
+    result = run(*arguments, "--set", "evaluation.sequences=2", "--json")
+    assert (result.code, result.err) == (0, "")
+    comparison = json.loads(result.out)
+    assert json.loads((tmp_path / "llama-comparison" / "compare.json").read_text()) == comparison
+    assert [entry["kernel"]["window"] for entry in comparison["results"]] == [0, 4, 0, 4]
+    assert {entry["tokens"] for entry in comparison["results"]} == {64}
+    assert comparison["budget_tokens"] == 96
+    monkeypatch.setattr(report, "has_matplotlib", lambda: False)
+    again = run(*arguments, "--set", "evaluation.sequences=2", "--resume")
+    assert "hedgehog, window 4: window only" in again.out
+    assert again.err == "There are no plots, which need matplotlib: pip install 'flexdistill[plots]'.\n"
 
 
 def test_generate_refuses_what_is_not_converted(run, models):

@@ -27,6 +27,11 @@ SHORTER = {
         *("--attention-steps", "1", "--logit-steps", "1", "--batch-size", "2", "--sequence-length", "80"),
         *("--data", "notes.txt", "--set", "evaluation.sequences=2", "--overwrite"),
     ],
+    "compare": [
+        *("--budget", "480", "--batch-size", "2", "--sequence-length", "80", "--points", "1"),
+        *("--set", "evaluation.sequences=2"),
+    ],
+    "--rank-layers": ["--attention-steps", "1", "--batch-size", "2", "--sequence-length", "80"],
     "evaluate": ["--sequence-length", "16", "--sequences", "2"],
 }
 
@@ -107,7 +112,8 @@ def test_marked_blocks_run(document, tmp_path, monkeypatch):
         for command in commands(block["text"]):
             arguments = flexdistill_arguments(command)
             assert arguments is not None, f"a marked block may hold flexdistill commands only, not {command}"
-            monkeypatch.setattr(sys, "argv", ["flexdistill", *arguments, *SHORTER.get(arguments[0], [])])
+            kind = next((word for word in reversed(arguments) if word in SHORTER), None)
+            monkeypatch.setattr(sys, "argv", ["flexdistill", *arguments, *SHORTER.get(kind, [])])
             with pytest.raises(SystemExit) as stop:
                 main()
             assert not stop.value.code, command

@@ -23,10 +23,11 @@ LAYERS = [
     {"recipe", "runtime", "progress", "losses"},
     {"attention_modes", "data", "devices", "sources", "tables"},
     {"conversion", "distill"},
-    {"evaluation", "export", "report"},
-    {"pipeline"},
+    {"evaluation", "export", "report", "scoring"},
+    {"pipeline", "positions", "recall"},
+    {"comparison", "ranking"},
     {"api"},
-    {"cli"},
+    {"cli", "cli_options"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 

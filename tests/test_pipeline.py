@@ -269,9 +269,10 @@ def interrupt(monkeypatch):
 
 # of 4 + 4 steps, with a checkpoint after every second
 @pytest.mark.parametrize("step", [2, 4, 5, 6, 8])
-@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("train", ["full", "lora", "full, one layer softmax"])
 def test_resume_is_the_uninterrupted_run(sources, tmp_path, interrupt, step, train):
-    recipe = make_recipe(sources, **{"logit_distillation.train": train})
+    train, _, hybrid = train.partition(",")
+    recipe = make_recipe(sources, **{"logit_distillation.train": train, "kernel.keep_softmax": int(bool(hybrid))})
     expected = convert(recipe, tmp_path / "whole")
     interrupt(step)
     with pytest.raises(Interrupted):
@@ -414,6 +415,7 @@ BAD_INPUT = {
     "kernel.matrix": ("orf", "Variant 'nonstationary' has no matrix 'orf'; leave the matrix out."),
     "kernel.horizon": (16, "Variant 'nonstationary' needs no horizon"),
     "kernel.layers": ("7", "the model has layers 0 to 1"),
+    "kernel.keep_softmax": (2, "Of the 2 layers that become linear, 2 are to stay softmax, which leaves none"),
     "model": ("./absent", "does not exist"),
     "data.source": ("./absent.txt", "does not exist"),
     "data.sequence_length": (513, "longer than the 512 positions"),
@@ -538,7 +540,6 @@ def test_a_kernel_without_parameters_skips_attention_transfer(sources, tmp_path,
     message = "Variant 'performer' has no parameters to train, so attention transfer is left out.\n"
     assert capsys.readouterr().err == message
     assert [stage["name"] for stage in metrics["stages"]] == ["logit_distillation"]
-    assert Recipe.load(tmp_path / "out" / "recipe.yaml").attention_transfer.steps == 0
     drawn = {name for name in weights(tmp_path / "out") if name.endswith("flexformer.frequencies")}
     assert len(drawn) == 2
     assert "Performer, arXiv:2009.14794" in (tmp_path / "out" / "README.md").read_text()
@@ -578,3 +579,36 @@ def test_other_kernels(sources, tmp_path, variant):
     (spec,) = model.config.kernel_specs.values()
     assert (spec.variant, spec.component, spec.window) == (variant, component, 8)
     assert "window only" in [row["name"] for row in metrics["rows"]]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("logit_steps", [0, 4])
+def test_layers_stay_softmax(sources, tmp_path, name, logit_steps):
+    settings = {"kernel.keep_softmax": 1, "logit_distillation.steps": logit_steps}
+    metrics = convert(make_recipe(sources, name, **settings), tmp_path / "out")
+    ((kept, gain),) = metrics["kept_softmax"].items()
+    assert metrics["plan"]["converted"] == metrics["plan"]["kept"] == 1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["flexformer"]
+    assert config["kept_softmax"] == {kept: gain} and list(config["layers"]) == list(metrics["attention_kl"]) != [kept]
+    assert f"`{kept}` ({gain:.4g})" in (tmp_path / "out" / "README.md").read_text()
+    assert [key for key in weights(tmp_path / "out") if f"{kept}.flexformer" in key] == []
+    linear = convert(make_recipe(sources, name, **settings | {"kernel.keep_softmax": 0}), tmp_path / "linear")
+    assert linear["kept_softmax"] == {}
+    assert 0 < metrics["plan"]["state_bytes"] == linear["plan"]["state_bytes"] / 2 or name == "bert"
+    if name != "bert":
+        assert metrics["plan"]["kept_kv_bytes_per_token"] == linear["plan"]["kv_bytes_per_token"] / 2
+    model = AUTO[name].from_pretrained(tmp_path / "out")
+    assert len(feature_maps(model)) == 1
+
+
+def test_layers_are_chosen_on_text_of_their_own(sources):
+    source, tokenizer, model = pipeline.load_source(make_recipe(sources))
+    sequences = pipeline.load_sequences(make_recipe(sources, **{"kernel.keep_softmax": 1}), model, tokenizer)
+    rows = [{tuple(row) for row in part.tolist()} for part in vars(sequences).values()]
+    assert [len(part) for part in rows] == [16, 4, pipeline.SELECTION_SEQUENCES]
+    assert len(set().union(*rows)) == sum(map(len, rows))
+    text = {"evaluation.source": str(sources / "text.txt"), "evaluation.sequence_length": 24}
+    other = pipeline.load_sequences(make_recipe(sources, **{"kernel.keep_softmax": 1} | text), model, tokenizer)
+    assert [len(part) for part in vars(other).values()] == [16, 4, pipeline.SELECTION_SEQUENCES]
+    none = pipeline.load_sequences(make_recipe(sources), model, tokenizer)
+    assert [len(part) for part in vars(none).values()] == [16, 4, 0]

@@ -88,3 +88,18 @@ def test_override_leaves_the_original_alone():
 
 def test_to_yaml_holds_every_setting():
     assert set(yaml.safe_load(Recipe().to_yaml())) == set(Recipe.model_fields)
+
+
+def test_a_budget_is_shared_out_like_the_recipe():
+    recipe = Recipe.load("smollm2")
+    planned = (260 + 150) * 8 * 512
+    assert recipe.with_budget(planned) == recipe.override({"seed": recipe.seed})
+    ten = recipe.with_budget(10 * planned + 1)
+    assert (ten.attention_transfer.steps, ten.attention_transfer.warmup_steps) == (2600, 300)
+    assert (ten.logit_distillation.steps, ten.logit_distillation.warmup_steps) == (1500, 200)
+    half = recipe.with_budget(planned // 2)
+    assert (half.attention_transfer.steps, half.logit_distillation.steps) == (130, 75)
+    kernels = Recipe.load("demo").with_budget(10 * 256)
+    assert (kernels.attention_transfer.steps, kernels.logit_distillation.steps) == (10, 0)
+    with pytest.raises(FlexdistillError, match="has no training steps"):
+        recipe.override({"attention_transfer.steps": 0, "logit_distillation.steps": 0}).with_budget(100)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention_modes import run_base_model
@@ -35,9 +35,9 @@ class SplitModel:
         self.model = model
         self._output: ModelOutput | None = None
 
-    def hidden(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Token sequences (B, T) -> last hidden states (B, T, E)."""
-        self._output = run_base_model(self.model, sequences)
+    def hidden(self, sequences: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Token sequences (B, T) -> last hidden states (B, T, E); with a cache, of what follows on what it has seen."""
+        self._output = run_base_model(self.model, sequences, cache)
         return self._output[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -33,13 +33,14 @@ def run_stage(
     accelerator: Accelerator,
     *,
     start_step: int = 0,
+    stop_step: int | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_number: int = 0,
     checkpoint_every: int = 0,
     log_file: Path | None = None,
     update: Callable[..., None] = lambda *args, **kwargs: None,
 ) -> dict:
-    """Trains a stage from `start_step` to the end.
+    """Trains a stage from `start_step` to `stop_step`, or to the end.
 
     Gradients of loss sums are added up over micro-batches and processes and divided once by the global count, so the
     result does not depend on how a batch was split.
@@ -64,7 +65,7 @@ def run_stage(
     losses, elapsed_before = [entry["loss"] for entry in log], log[-1]["elapsed_s"] if log else 0.0
     started = time.perf_counter()
     with stage.active():
-        for step in range(start_step, recipe.steps):
+        for step in range(start_step, recipe.steps if stop_step is None else stop_step):
             factor = learning_rate_factor(step, recipe.steps, recipe.warmup_steps, recipe.final_learning_rate_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor

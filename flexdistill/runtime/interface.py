@@ -94,6 +94,8 @@ def visible_keys(mask: LazyMask | torch.Tensor | None, length: int) -> torch.Ten
 
 def find_cache_layer(module: nn.Module, args, kwargs):
     """Forward pre-hook of a converted module: passes its cache layer on to `flexformer_attention`."""
+    if getattr(module, NAME, None) is None:  # its kernel was taken out, so it keeps keys and values
+        return None
     if module.config._attn_implementation != IMPLEMENTATION:  # another attention function keeps its own kind of cache
         return None
     layer = memory_layer(module, args, kwargs)

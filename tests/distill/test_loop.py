@@ -319,3 +319,13 @@ def test_two_processes_train_as_one(tmp_path):
             assert (actual - expected).norm() <= 1e-5 * expected.norm().clamp_min(1), (batch_size, name)
             if "flexformer" in name:
                 assert not torch.equal(actual, initial[name]), name
+
+
+@every_stage
+def test_a_stage_in_pieces_is_the_whole_stage(name, tmp_path):
+    whole, pieces = make_stage(name), make_stage(name)
+    expected = train(whole, log_file=tmp_path / "whole.jsonl")
+    for start, stop in ((0, 2), (2, 5), (5, 6)):
+        actual = train(pieces, start_step=start, stop_step=stop, log_file=tmp_path / "pieces.jsonl")
+    assert_equal(parameters(pieces.model), parameters(whole.model))
+    assert actual | {"elapsed_s": None} == expected | {"elapsed_s": None}

@@ -567,7 +567,7 @@ def test_forms_agree_whatever_the_shapes(data):
 
 
 def test_autocast_computes_in_its_dtype():
-    """Rotary embeddings leave float32 queries and keys under autocast; torch's own attention casts them, and so do we."""
+    """Rotary embeddings leave queries and keys in float32 there; torch casts them for its own attention."""
     feature_map = kernel("nonstationary", "hyperbolic")
     inputs = [x.detach() for x in query_key_value(30)]
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,121 @@
+"""The options that several commands share, and the recipe that they make."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import FlexdistillError
+
+# option -> settings of the recipe that it replaces
+_KERNEL = ("variant", "component", "matrix", "features", "window", "tied", "key_heads", "layers", "keep_softmax")
+_STAGES = ("attention_transfer", "logit_distillation")
+RECIPE_SETTINGS = {
+    **{name: [f"kernel.{name}"] for name in _KERNEL},
+    **{name: [f"{stage}.{name}" for stage in _STAGES] for name in ("batch_size", "micro_batch_size")},
+    **{name: [name] for name in ("seed", "precision", "trust_remote_code")},
+    "sequence_length": ["data.sequence_length"],
+    "attention_steps": ["attention_transfer.steps"],
+    "logit_steps": ["logit_distillation.steps"],
+    "train": ["logit_distillation.train"],
+}
+
+SOURCE_HELP = "A file or folder of text, `sample`, or a `datasets` name as NAME[:CONFIG[:SPLIT[:COLUMN]]]."
+
+
+def _set_debug(debug: bool) -> None:
+    if debug:
+        os.environ["FLEXDISTILL_DEBUG"] = "1"
+
+
+def option(*names: str, panel: str | None = None, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, show_default=False, **settings)
+
+
+kernel_option = partial(option, panel="Kernel")
+training_option = partial(option, panel="Training")
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file or package:NAME.")]
+Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.")]
+Json = Annotated[bool, option("--json", help="Print JSON to stdout.")]
+Debug = Annotated[bool, option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+TrustRemoteCode = Annotated[bool | None, option("--trust-remote-code", help="Run code that the source model ships.")]
+
+Variant = Annotated[str | None, kernel_option(help="Kernel; `flexdistill variants` lists them.")]
+Component = Annotated[str | None, kernel_option(help="Component function; `flexdistill variants` lists them.")]
+Matrix = Annotated[str | None, kernel_option(help="Frequencies of spectraformer, such as orf.")]
+Features = Annotated[int | None, kernel_option(help="Frequencies n per head; a map has 2 n features.")]
+Window = Annotated[int | None, kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
+Tied = Annotated[bool | None, kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
+KeyHeads = Annotated[str | None, kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
+Layers = Annotated[str | None, kernel_option(help="all, indices such as 0-5,9 or every:4.")]
+KeepSoftmax = Annotated[int | None, kernel_option(help="Of these, layers that stay softmax, chosen by their KL gain.")]
+
+Data = Annotated[str | None, training_option(metavar="SOURCE", help=SOURCE_HELP)]
+SequenceLength = Annotated[int | None, training_option(help="Tokens per sequence.")]
+AttentionSteps = Annotated[int | None, training_option(help="Steps of attention transfer.")]
+BatchSize = Annotated[int | None, training_option(help="Sequences per step, in both stages.")]
+MicroBatchSize = Annotated[int | None, training_option(help="Sequences per forward pass.")]
+Train = Annotated[str | None, training_option(metavar="full|lora|kernels", help="What is trained besides.")]
+EvalData = Annotated[str | None, training_option(metavar="SOURCE", help="As --data; else held out of it.")]
+Seed = Annotated[int | None, training_option(help="Fixes the data order and the initial kernels.")]
+Precision = Annotated[str | None, training_option(metavar="auto|fp32|bf16")]
+Settings = Annotated[
+    list[str] | None, option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
+]
+Overwrite = Annotated[bool, option("--overwrite", help="Replace what is in the output folder.")]
+
+
+def make_recipe(options: dict[str, Any]) -> Any:
+    """The recipe that a command's options name, with what they replace in it."""
+    from .recipe import Recipe
+
+    settings: dict[str, Any] = {"model": options["model"]}
+    for option, keys in RECIPE_SETTINGS.items():
+        if options.get(option) is not None:
+            settings.update(dict.fromkeys(keys, options[option]))
+    for section, source in (("data", options.get("data")), ("evaluation", options.get("eval_data"))):
+        if source is not None:
+            settings.update(source_settings(section, source))
+    for assignment in options.get("settings") or []:
+        settings.update([_parse_assignment(assignment)])
+    return Recipe.load(options.get("recipe", "default")).override(settings)
+
+
+def source_settings(section: str, source: str) -> dict[str, str]:
+    """NAME[:CONFIG[:SPLIT[:COLUMN]]] as settings; a path that exists is never split."""
+    parts = [source] if Path(source).exists() else source.split(":")
+    names = ("source", "config", "split", "column")
+    if len(parts) > len(names):
+        raise FlexdistillError(f"Source {source!r} has too many parts; write NAME[:CONFIG[:SPLIT[:COLUMN]]].")
+    return {f"{section}.{name}": part for name, part in zip(names, parts, strict=False) if part}
+
+
+def _parse_assignment(assignment: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = assignment.partition("=")
+    if not equals:
+        raise FlexdistillError(f"--set {assignment!r} has no value; write KEY=VALUE, such as kernel.window=64.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise FlexdistillError(f"--set {assignment!r}: the value is not valid YAML.") from error
+
+
+def integers(name: str, text: str) -> list[int]:
+    """The numbers of an option such as `0,64`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise FlexdistillError(f"{name} {text!r} must be whole numbers divided by commas, such as 0,64.") from error
+
+
+def default_output(model: str, kind: str = "flexformer") -> Path:
+    """Where a result goes that was given no folder: beside, by the last part of the model's name."""
+    name = Path(model).absolute().name.removeprefix("package:").removesuffix(".gguf")
+    return Path(f"{name}-{kind}")

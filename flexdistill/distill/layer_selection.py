@@ -1,0 +1,103 @@
+"""Which layers stay softmax: those whose return to softmax lowers the KL to the teacher most (arXiv:2512.20569)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ..attention_modes import AttentionCall, attention_function, softmax_mode
+from ..losses import kl_divergence
+from ..runtime.feature_maps import FeatureMap
+from ..runtime.interface import NAME
+from .heads import SplitModel
+from .logits import positions_per_piece
+
+
+def converted_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """Attention modules with a kernel, by name relative to the base model."""
+    modules = model.base_model.named_modules()
+    return {name: module for name, module in modules if isinstance(getattr(module, NAME, None), FeatureMap)}
+
+
+def kl_with_softmax_in(
+    student: PreTrainedModel,
+    choices: Iterable[Iterable[str]],
+    sequences: torch.Tensor,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> list[float]:
+    """Mean KL per token of the teacher's predictions from a student's in which some modules are softmax again.
+
+    The teacher is the student's own weights under softmax attention, as attention transfer leaves them.
+
+    Args:
+        choices: for each figure, the names of the converted modules that are softmax.
+        sequences: token ids (N, T), shared out over the processes.
+
+    Returns:
+        nats per token, one figure per choice.
+    """
+    converted = converted_modules(student)
+    choices = [{converted[name] for name in choice} for choice in choices]
+    # one sum of KL per choice, then the number of positions
+    sums = torch.zeros(len(choices) + 1, dtype=torch.float64, device=accelerator.device)
+    teacher, split = SplitModel(student), SplitModel(student)
+    batches = sequences.split(batch_size)[accelerator.process_index :: accelerator.num_processes]
+    with torch.no_grad(), accelerator.autocast():
+        for batch in batches:
+            batch = batch.to(accelerator.device)
+            with softmax_mode(student):
+                expected = teacher.hidden(batch).flatten(0, 1)
+            for index, softmax in enumerate(choices):
+                with attention_function(student, _softmax_in(softmax)):
+                    hidden = split.hidden(batch).flatten(0, 1)
+                sums[index] += _kl_sum(split, hidden, teacher, expected)
+            sums[-1] += batch.numel()
+    *totals, count = accelerator.reduce(sums, reduction="sum").tolist()
+    return [total / count for total in totals]
+
+
+def choose_layers(
+    student: PreTrainedModel, count: int, sequences: torch.Tensor, batch_size: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """The modules that stay softmax, chosen one after the other, each given those before it.
+
+    A layer's gain depends on the others: after one of two layers that do the same work, the second gains little.
+
+    Args:
+        student: converted, its kernels trained by attention transfer alone.
+        count: how many stay softmax.
+        sequences: token ids (N, T), of text that is neither trained nor evaluated on.
+
+    Returns:
+        name relative to the base model -> drop of the KL in nats per token, in the order of choice.
+    """
+    names, gains = list(converted_modules(student)), {}
+    (kl,) = kl_with_softmax_in(student, [[]], sequences, batch_size, accelerator)
+    for _ in range(count):
+        rest = [name for name in names if name not in gains]
+        figures = kl_with_softmax_in(student, [[*gains, name] for name in rest], sequences, batch_size, accelerator)
+        least = min(figures)
+        gains[rest[figures.index(least)]] = kl - least
+        kl = least
+    return gains
+
+
+def _softmax_in(modules: set[torch.nn.Module]):
+    def attend(call: AttentionCall) -> torch.Tensor:
+        return call.softmax() if call.module in modules else call.flexformer()
+
+    return attend
+
+
+def _kl_sum(split: SplitModel, hidden: torch.Tensor, teacher: SplitModel, expected: torch.Tensor) -> torch.Tensor:
+    piece = positions_per_piece(split.model)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for start in range(0, len(hidden), piece):
+        part = slice(start, start + piece)
+        mask = torch.ones(len(hidden[part]), dtype=torch.bool, device=hidden.device)
+        total += kl_divergence(split.logits(hidden[part]), teacher.logits(expected[part]), mask)[0]
+    return total

@@ -1,0 +1,49 @@
+"""What each layer's softmax attention is worth: the ranking behind `keep_softmax`, without a conversion."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from accelerate.utils import set_seed
+
+from .conversion import apply_plan, make_plan
+from .devices import make_accelerator
+from .distill.checkpoints import Checkpoints
+from .distill.layer_selection import choose_layers, kl_with_softmax_in
+from .pipeline import check_lengths, load_sequences, load_source, run_stages
+from .recipe import Recipe
+
+
+def rank_layers(recipe: Recipe) -> dict:
+    """Trains kernels by the recipe's attention transfer, and measures what softmax gains in each layer; writes nothing.
+
+    Returns:
+        `kl`: from the teacher to the student that is linear in all layers, in nats per token; `layers`: name, `kl` with
+        softmax in that layer alone and `gain`, the largest first; `kept_softmax`: names and gains of those that
+        `flexdistill convert` would choose.
+
+    Raises:
+        FlexdistillError: as `convert` does.
+    """
+    accelerator = make_accelerator(recipe.precision)
+    set_seed(recipe.seed)
+    _, tokenizer, model = load_source(recipe)
+    plan = make_plan(model, recipe.kernel)
+    check_lengths(recipe)
+    choosing = recipe.override({"kernel.keep_softmax": recipe.kernel.keep_softmax or 1})
+    sequences = load_sequences(choosing, model, tokenizer)
+    student = apply_plan(model, plan).to(accelerator.device)
+    with tempfile.TemporaryDirectory() as work:
+        checkpoints = Checkpoints(Path(work), recipe.checkpoint.keep, writes=False)
+        all_linear = recipe.override({"kernel.keep_softmax": 0, "logit_distillation.steps": 0})
+        run_stages(all_linear, student, sequences, accelerator, Path(work), checkpoints)
+    arguments = (sequences.selection, recipe.evaluation.batch_size, accelerator)
+    names = [module.name for module in plan.converted]
+    kl, *figures = kl_with_softmax_in(student, [[], *([name] for name in names)], *arguments)
+    layers = [{"name": name, "kl": figure, "gain": kl - figure} for name, figure in zip(names, figures, strict=True)]
+    return {
+        "kl": kl,
+        "layers": sorted(layers, key=lambda layer: -layer["gain"]),
+        "kept_softmax": choose_layers(student, recipe.kernel.keep_softmax, *arguments),
+    }

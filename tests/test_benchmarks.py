@@ -1,0 +1,117 @@
+"""The benchmarks of trained models run on tiny ones, and their arithmetic is right."""
+
+import json
+import runpy
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexdistill.evaluation import load_converted
+from tests.distill.stages import student, teacher
+from tests.tiny import save_tiny
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+QUESTIONS = [
+    {"query": f"Question: how does one {verb} a {thing}?\n", "choices": choices, "gold": gold}
+    for verb, thing, choices, gold in [
+        ("open", "door", ["Push it, slowly.", "Eat"], 0),
+        ("cook", "egg", ["Ask the neighbour to paint the fence", "Boil it in water"], 1),
+        ("mend", "sock", ["Sew", "Throw the sock far away from the house"], 0),
+        ("read", "book", ["Close both eyes", "Open it, and look at the words"], 1),
+        ("feed", "cat", ["Give it fish", "Give it stones"], 0),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "teacher", teacher("llama"), tiny_tokenizer)
+    for name, window in (("linear", 0), ("windowed", 8)):
+        save_tiny(folder / name / "model", student("llama", window=window), tiny_tokenizer)
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    return folder
+
+
+@pytest.fixture
+def benchmark(models, monkeypatch, tmp_path, capsys):
+    """Runs a script with the teacher and both students; gives its JSON and what it printed."""
+
+    def run(name, *arguments):
+        output = tmp_path / "out.json"
+        students = [str(models / "linear" / "model"), f"hybrid={models / 'windowed' / 'model'}"]
+        fixed = ["--teacher", str(models / "teacher"), "--output", str(output), *students]
+        monkeypatch.setattr(sys, "argv", [name, *fixed, *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(FOLDER))
+        runpy.run_path(str(FOLDER / name), run_name="__main__")
+        return json.loads(output.read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_piqa(benchmark, models, tiny_tokenizer):
+    results, printed = benchmark("piqa.py", "--data", models / "piqa.jsonl", "--batch-tokens", "100")
+    loaded = {"teacher": teacher("llama"), "linear": load_converted(models / "linear" / "model")}
+    right = {}
+    for name, model in loaded.items():
+        right[name] = []
+        for question in QUESTIONS:
+            values = []
+            for choice in question["choices"]:
+                prompt = tiny_tokenizer(f"{question['query']}Answer:")["input_ids"]
+                tokens = torch.tensor([tiny_tokenizer(f"{question['query']}Answer: {choice}")["input_ids"]])
+                with torch.no_grad():
+                    rows = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+                rows = rows.gather(-1, tokens[0, 1:, None])[len(prompt) - 1 :]
+                values.append((float(rows.sum()), float(rows.sum()) / len(choice)))
+            right[name].append(
+                [values[0][i] < values[1][i] if question["gold"] else values[0][i] > values[1][i] for i in (0, 1)]
+            )
+    assert {name: results["right"][name] for name in right} == right
+    assert list(results["results"]) == ["teacher", "linear", "hybrid"] and results["questions"] == 5
+    for index, measure in enumerate(("accuracy", "normalised_accuracy")):
+        own = [float(row[index]) for row in right["linear"]]
+        found = results["results"]["linear"]
+        assert found[measure] == pytest.approx(sum(own) / 5)
+        differences = [mine - row[index] for mine, row in zip(own, right["teacher"], strict=True)]
+        assert found[f"{measure}_difference"] == pytest.approx(sum(differences) / 5)
+        assert found[f"{measure}_difference_error"] == pytest.approx(statistics.stdev(differences) / 5**0.5)
+    assert f"{results['results']['hybrid']['accuracy']:.1%}" in printed
+
+
+def test_recall(benchmark):
+    arguments = ["--data", "sample", "--lengths", "300", "--questions", "2"]
+    results, printed = benchmark("recall.py", *arguments)
+    assert benchmark("recall.py", *arguments)[0] == results
+    assert list(results["results"]) == ["teacher", "linear", "hybrid"]
+    tasks = [row["task"] for row in results["results"]["hybrid"]]
+    assert tasks == ["associative recall", "needle in text"] and all(task in printed for task in tasks)
+
+
+def test_long_text(benchmark):
+    arguments = ["--data", "sample", "--length", "512", "--sequences", "2", "--chunk", "100", "--batch-size", "2"]
+    results, printed = benchmark("long_text.py", *arguments)
+    assert {name: len(spans) for name, spans in results["spans"].items()} == {"teacher": 1, "linear": 1, "hybrid": 1}
+    assert results["positions"] == 512 and results["sequences"] == 2 and "0 to 511" in printed
+
+
+def test_hybrid(models, monkeypatch, tmp_path, capsys):
+    arguments = [str(models / "teacher"), "--data", "sample", "--evaluate", "sample", "--output", str(tmp_path / "out")]
+    arguments += ["--keep", "1", "--budget", "600", "--set", "data__sequence_length=16", "evaluation__sequences=2"]
+    arguments += ["attention_transfer__batch_size=2", "logit_distillation__batch_size=2"]
+    monkeypatch.setattr(sys, "argv", ["hybrid.py", *arguments])
+    runpy.run_path(str(FOLDER / "hybrid.py"), run_name="__main__")
+    results = json.loads((tmp_path / "out" / "compare.json").read_text())["results"]
+    assert [result["plan"]["kept"] for result in results] == [0, 1, 1]
+    assert [len(result["kept_softmax"]) for result in results] == [0, 1, 0]
+    assert "keep_softmax 1" in capsys.readouterr().out
+
+
+def test_uniform_placement():
+    place = runpy.run_path(str(FOLDER / "hybrid.py"))["all_but_uniform"]
+    assert place(8, 2) == "0,1,3,4,5,7" and place(2, 1) == "0"
+    for keep in range(1, 30):
+        assert len(place(30, keep).split(",")) == 30 - keep
