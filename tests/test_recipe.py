@@ -23,7 +23,7 @@ def test_shipped_recipe_loads_and_says_what_it_is_for(name):
 
 
 def test_recipes_expected_by_the_documentation_are_shipped():
-    assert shipped_recipes() == ["default", "demo", "gpt2", "smollm2"]
+    assert shipped_recipes() == ["default", "demo", "gpt2", "smollm2", "smollm2-20m"]
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
