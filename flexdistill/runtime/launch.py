@@ -12,7 +12,7 @@ except ImportError as error:
     raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
 
 from .feature_maps import POSITIVE_GUARD, SIGNED_GUARD
-from .triton_forward import scan_kernel, states_kernel
+from .triton_states import scan_kernel, states_kernel
 
 # sequences that share a program when decoding: fewer load the frequencies more often, more leave processors idle
 SEQUENCES = 8

@@ -24,7 +24,7 @@ from .triton_features import (
     load_frequencies,
     phases,
 )
-from .triton_forward import key_phases, load_rows, load_state, segment_bounds, store_state, valid_keys
+from .triton_states import key_phases, load_rows, load_state, segment_bounds, store_state, valid_keys
 
 
 @triton.jit

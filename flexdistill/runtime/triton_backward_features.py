@@ -23,7 +23,7 @@ from .triton_features import (
     outer,
     phases,
 )
-from .triton_forward import load_rows, segment_bounds, valid_keys
+from .triton_states import load_rows, segment_bounds, valid_keys
 
 
 @triton.jit

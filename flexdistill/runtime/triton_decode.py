@@ -20,7 +20,7 @@ from .triton_features import (
     load_frequencies,
     phases,
 )
-from .triton_forward import key_phases, load_rows, state_unit
+from .triton_states import key_phases, load_rows, state_unit
 
 
 @triton.jit

@@ -12,7 +12,7 @@ except ImportError as error:
     raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
 
 from .triton_features import LOG2E, finite
-from .triton_forward import load_rows
+from .triton_states import load_rows
 
 
 @triton.jit
