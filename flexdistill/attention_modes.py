@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .runtime.attention import Memory, attend_without_window, window_sums
 from .runtime.feature_maps import FeatureMap
 from .runtime.interface import NAME, flexformer_attention, softmax_attention, visible_keys
-from .runtime.masks import flexformer_mask
+from .runtime.masks import LazyMask, flexformer_mask
 
 _CUSTOM = NAME + "_custom"
 
@@ -43,7 +43,9 @@ class AttentionCall:
 
     @property
     def causal(self) -> bool:
-        """A keyword beats the module's attribute, as in transformers' own attention functions."""
+        """What the mask says; else a keyword beats the module's attribute, as in transformers' own functions."""
+        if isinstance(self.mask, LazyMask) and self.mask.is_plain:
+            return self.mask.is_causal
         asked = self.arguments.get("is_causal")
         return getattr(self.module, "is_causal", True) if asked is None else asked
 
@@ -106,17 +108,37 @@ def attention_function(model: PreTrainedModel, function: Callable[[AttentionCall
 @contextlib.contextmanager
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """`model` uses the attention implementation that transformers knows by `name` inside the context."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
+    with _attention_kept(model):
+        model.set_attn_implementation(name)
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
-def softmax_mode(model: PreTrainedModel):
+@contextlib.contextmanager
+def softmax_mode(model: PreTrainedModel) -> Iterator[None]:
     """Context in which a converted model computes its base model's softmax attention."""
-    return attention_implementation(model, "sdpa" if model._supports_sdpa else "eager")
+    with _attention_kept(model) as models:
+        for part in models:
+            part.config._attn_implementation_internal = "sdpa" if part._supports_sdpa else "eager"
+        yield
+
+
+@contextlib.contextmanager
+def _attention_kept(model: PreTrainedModel) -> Iterator[list[PreTrainedModel]]:
+    """Gives every model inside `model`; each has its own attention implementation again after the context."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = _with_sub_configs([part.config for part in models])
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        yield models
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def _with_sub_configs(configs: list[PreTrainedConfig]) -> list[PreTrainedConfig]:
+    parts = [getattr(config, name, None) for config in configs for name in config.sub_configs]
+    parts = [part for part in parts if part is not None]
+    return configs + _with_sub_configs(parts) if parts else configs
 
 
 def in_converted_modules(ablation: Callable[[AttentionCall], torch.Tensor]) -> Callable[[AttentionCall], torch.Tensor]:
@@ -136,6 +158,13 @@ def record_attention(
     model: PreTrainedModel, function: Callable[[AttentionCall], torch.Tensor], sequences: torch.Tensor
 ) -> list[AttentionCall]:
     """The attention calls of one forward pass of the base model without gradients, in order."""
+    return record_calls(model, function, lambda: run_base_model(model, sequences))[0]
+
+
+def record_calls(
+    model: PreTrainedModel, function: Callable[[AttentionCall], torch.Tensor], forward: Callable[[], ModelOutput]
+) -> tuple[list[AttentionCall], ModelOutput]:
+    """The attention calls of `forward`, which runs `model` or a part of it, without gradients; and what it returns."""
     calls: list[AttentionCall] = []
 
     def record(call: AttentionCall) -> torch.Tensor:
@@ -143,5 +172,5 @@ def record_attention(
         return function(call)
 
     with torch.no_grad(), attention_function(model, record):
-        run_base_model(model, sequences)
-    return calls
+        output = forward()
+    return calls, output

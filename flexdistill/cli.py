@@ -23,6 +23,7 @@ from .cli_options import (
     EvalData,
     Features,
     Json,
+    KeepLayers,
     KeepSoftmax,
     KeyHeads,
     Layers,
@@ -85,6 +86,7 @@ def convert(
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
+    keep_layers: KeepLayers = None,
     keep_softmax: KeepSoftmax = None,
     data: Data = None,
     sequence_length: SequenceLength = None,
@@ -128,6 +130,7 @@ def inspect(
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
+    keep_layers: KeepLayers = None,
     keep_softmax: KeepSoftmax = None,
     rank_layers: Annotated[
         bool, option("--rank-layers", help="Train kernels, and show what softmax would gain in each layer.")

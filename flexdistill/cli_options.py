@@ -12,7 +12,18 @@ import typer
 from .errors import FlexdistillError
 
 # option -> settings of the recipe that it replaces
-_KERNEL = ("variant", "component", "matrix", "features", "window", "tied", "key_heads", "layers", "keep_softmax")
+_KERNEL = (
+    "variant",
+    "component",
+    "matrix",
+    "features",
+    "window",
+    "tied",
+    "key_heads",
+    "layers",
+    "keep_layers",
+    "keep_softmax",
+)
 _STAGES = ("attention_transfer", "logit_distillation")
 RECIPE_SETTINGS = {
     **{name: [f"kernel.{name}"] for name in _KERNEL},
@@ -52,7 +63,8 @@ Features = Annotated[int | None, kernel_option(help="Frequencies n per head; a m
 Window = Annotated[int | None, kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
 Tied = Annotated[bool | None, kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
 KeyHeads = Annotated[str | None, kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
-Layers = Annotated[str | None, kernel_option(help="all, indices such as 0-5,9 or every:4.")]
+Layers = Annotated[str | None, kernel_option(help="all, indices such as 0-5,9, every:4, or name patterns.")]
+KeepLayers = Annotated[str | None, kernel_option(help="Layers that stay softmax, written as --layers.")]
 KeepSoftmax = Annotated[int | None, kernel_option(help="Of these, layers that stay softmax, chosen by their KL gain.")]
 
 Data = Annotated[str | None, training_option(metavar="SOURCE", help=SOURCE_HELP)]

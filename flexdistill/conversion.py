@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from .attention_modes import AttentionCall, record_attention
+from .attention_modes import AttentionCall
+from .attention_search import attention_calls, evaluating, reason_to_keep
 from .errors import FlexdistillError
 from .recipe import KernelRecipe
 from .runtime.configuration_flexformer import FlexformerConfigMixin, KernelSpec
 from .runtime.interface import NAME
-from .runtime.masks import LazyMask
 from .runtime.modeling_flexformer import convert_model
 from .runtime.registry import FEATURE_MAPS, build_feature_map, check_matrix, feature_map_class
 
@@ -117,24 +118,43 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     _check_architecture(model)
     if feature_map_class(kernel.variant, kernel.component).has_horizon and kernel.horizon is None:
         kernel = kernel.model_copy(update={"horizon": max_positions(model)})
-    calls = _attention_calls(model)
-    reasons = [_reason_to_keep(model, call) for call in calls]
-    convertible = [index for index, reason in enumerate(reasons) if reason is None]
+    with evaluating(model):
+        calls = attention_calls(model)
+        reasons = {module: reason_to_keep(model, each) for module, each in calls.items()}
+    names = {module: name for name, module in model.base_model.named_modules()}
+    convertible = {names[module]: module for module, reason in reasons.items() if reason is None}
     if not convertible:
         raise FlexdistillError(
-            f"{type(model).__name__} has no attention module that can become linear: {'; '.join(sorted(set(reasons)))}."
+            f"{type(model).__name__} has no attention module that can become linear: "
+            f"{'; '.join(sorted(set(reasons.values())))}."
         )
-    chosen = {convertible[index] for index in select_layers(kernel.layers, len(convertible))}
-    modules = []
-    for index, call in enumerate(calls):
-        reason = reasons[index] or (None if index in chosen else f"not among the layers {kernel.layers}")
-        modules.append(_module_plan(model, call, kernel, reason))
-    if kernel.keep_softmax >= len(chosen):
+    chosen = _chosen(kernel, list(convertible))
+    for name, module in convertible.items():
+        reasons[module] = chosen[name]
+    modules = (
+        _module_plan(names.get(module, ""), call, kernel, reasons[module]) for module, (call, *_) in calls.items()
+    )
+    linear = sum(reason is None for reason in chosen.values())
+    if kernel.keep_softmax >= linear:
         raise FlexdistillError(
-            f"Of the {len(chosen)} layers that become linear, {kernel.keep_softmax} are to stay softmax, which leaves "
+            f"Of the {linear} layers that become linear, {kernel.keep_softmax} are to stay softmax, which leaves "
             "none; set a smaller --keep-softmax."
         )
     return Plan(type(model).__name__, tuple(modules), kernel.keep_softmax)
+
+
+def _chosen(kernel: KernelRecipe, names: list[str]) -> dict[str, str | None]:
+    """Name of each convertible module -> why it is not to become linear all the same; None if it is."""
+    chosen = {names[index] for index in select_layers(kernel.layers, names)}
+    kept = {names[index] for index in select_layers(kernel.keep_layers, names)} if kernel.keep_layers else set()
+    if not chosen - kept:
+        raise FlexdistillError(
+            f"Of the layers {kernel.layers} none is left to become linear without {kernel.keep_layers}; set another "
+            "--keep-layers."
+        )
+    reasons: dict[str, str | None] = dict.fromkeys(names, f"not among the layers {kernel.layers}")
+    reasons |= dict.fromkeys(chosen)
+    return reasons | dict.fromkeys(kept, f"among the layers {kernel.keep_layers} that stay")
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -151,29 +171,43 @@ def restore_softmax(model: PreTrainedModel, kl_gains: dict[str, float]) -> None:
     model.config.flexformer = {"layers": layers, "kept_softmax": dict(kl_gains)}
 
 
-def select_layers(expression: str, count: int) -> list[int]:
-    """Indices that `all`, `0-5,9` or `every:4` (0, 4, 8, ...) names among `count` layers.
+def select_layers(expression: str, names: Sequence[str]) -> list[int]:
+    """Indices among `names`, the convertible modules, that an expression means.
+
+    Its parts, between commas, are `all`, indices such as `3` and `0-5`, `every:4` (0, 4, 8, ...), or patterns of names
+    such as `decoder.*`.
 
     Raises:
-        FlexdistillError: if the expression is of another form, or names no or missing layers.
+        FlexdistillError: if the expression is of another form, or a part means no or missing layers.
     """
-    try:
-        if expression == "all":
-            return list(range(count))
-        if expression.startswith("every:"):
-            return list(range(0, count, _natural(expression.removeprefix("every:"), least=1)))
-        chosen = set()
-        for part in expression.split(","):
-            first, dash, last = part.partition("-")
-            start = _natural(first)
-            chosen.update(range(start, _natural(last if dash else first, least=start) + 1))
-    except ValueError as error:
-        raise FlexdistillError(
-            f"Layers {expression!r} cannot be read; write all, indices such as 0-5,9 or every:4."
-        ) from error
-    if not chosen or max(chosen) >= count:
-        raise FlexdistillError(f"Layers {expression!r} are not all there; the model has layers 0 to {count - 1}.")
+    count, chosen = len(names), set()
+    for part in expression.split(","):
+        try:
+            found = _select(part, names)
+        except ValueError as error:
+            raise FlexdistillError(
+                f"Layers {expression!r} cannot be read; write all, indices such as 0-5,9 or every:4, or patterns of "
+                f"names such as {names[0]}."
+            ) from error
+        if not found or max(found) >= count:
+            raise FlexdistillError(
+                f"Layers {expression!r} are not all there; the model has layers 0 to {count - 1}, of which the first "
+                f"is {names[0]}."
+            )
+        chosen.update(found)
     return sorted(chosen)
+
+
+def _select(part: str, names: Sequence[str]) -> list[int]:
+    if part == "all":
+        return list(range(len(names)))
+    if part.startswith("every:"):
+        return list(range(0, len(names), _natural(part.removeprefix("every:"), least=1)))
+    if "*" in part or ("." in part and not part.replace(".", "").isdigit()):
+        return [index for index, name in enumerate(names) if fnmatchcase(name, part)]
+    first, dash, last = part.partition("-")
+    start = _natural(first)
+    return list(range(start, _natural(last if dash else first, least=start) + 1))
 
 
 def _natural(text: str, least: int = 0) -> int:
@@ -208,52 +242,12 @@ def _check_architecture(model: PreTrainedModel) -> None:
             f"{name} is not a class of transformers {transformers.__version__}, so its exports could not be loaded "
             "elsewhere; convert a model that transformers implements."
         )
-    if model.config.is_encoder_decoder:
-        raise FlexdistillError(
-            f"{name} is an encoder-decoder, which is not supported; convert a decoder or an encoder."
-        )
 
 
-def _attention_calls(model: PreTrainedModel) -> list[AttentionCall]:
-    """One recorded call per attention module."""
-    sequences = model.dummy_inputs["input_ids"].to(model.device)
-    uses_interface = model._can_set_attn_implementation()
-    calls = record_attention(model, AttentionCall.softmax, sequences) if uses_interface else []
-    if not calls:
-        raise FlexdistillError(
-            f"{type(model).__name__} (model type {model.config.model_type!r}) does not call transformers' "
-            "AttentionInterface, through which attention is replaced; choose an architecture that does, such as gpt2, "
-            "llama, mistral, qwen3, gemma3 or bert."
-        )
-    first = {}
-    for call in calls:
-        first.setdefault(call.module, call)
-    return list(first.values())
-
-
-def _reason_to_keep(model: PreTrainedModel, call: AttentionCall) -> str | None:
-    """Why a module must stay softmax; None if it can be converted."""
-    if call.module not in set(model.base_model.modules()):
-        return "it lies outside the base model"
-    if call.query.shape[-2] != call.key.shape[-2] or getattr(call.module, "is_cross_attention", False):
-        return "cross-attention reads a fixed sequence"
-    if call.arguments.get("sliding_window") is not None:
-        return f"its own sliding window of {call.arguments['sliding_window']} tokens is bounded already"
-    if isinstance(call.mask, LazyMask) and not call.mask.is_plain:
-        return "its mask is neither causal nor bidirectional with padding alone"
-    unsupported = {
-        "softcap": "its logits are capped",
-        "position_bias": "it adds a bias to each pair of positions",
-        "s_aux": "it has learned attention sinks",
-    }
-    return next((why for name, why in unsupported.items() if call.arguments.get(name) is not None), None)
-
-
-def _module_plan(model: PreTrainedModel, call: AttentionCall, kernel: KernelRecipe, reason: str | None) -> ModulePlan:
+def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: str | None) -> ModulePlan:
     num_heads, num_key_value_heads, head_dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
     value_dim = call.value.shape[-1]
     kv_bytes = num_key_value_heads * (head_dim + value_dim) * call.key.element_size()
-    name = next((name for name, module in model.base_model.named_modules() if module is call.module), "")
     shape = (num_heads, num_key_value_heads, head_dim, call.causal)
     if reason is not None:
         return ModulePlan(name, KEEP, reason, *shape, None, 0, 0, kv_bytes)

@@ -40,7 +40,8 @@ class KernelRecipe(_Section):
         "query", description="a key map and a state per query head, or per KV head"
     )
     window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
-    layers: str = Field("all", description="layers to convert: all, or indices such as 0-5,9 or every:4")
+    layers: str = Field("all", description="layers to convert: all, indices such as 0-5,9, every:4, or name patterns")
+    keep_layers: str | None = Field(None, description="layers that stay softmax, written as `layers`")
     keep_softmax: int = Field(
         0, ge=0, description="of these, layers that stay softmax, chosen by their KL gain after attention transfer"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.constants import HF_HOME
 from tqdm.std import tqdm
 from transformers import (
     AutoConfig,
@@ -177,6 +179,8 @@ def _resolve_package(name: str) -> ModelSource:
     ggufs = {path for folder in folders for path in folder.rglob("*.gguf")}
     configs = {path.parent for folder in folders for path in folder.rglob("config.json")}
     models = sorted(ggufs | {folder for folder in configs if any(folder.glob("*.safetensors"))})
+    if not models and (joined := _joined_pieces(package)):
+        models = [joined]
     if not models:
         raise FlexdistillError(
             f"Package {package!r} holds no model, neither *.gguf nor a config.json beside *.safetensors; "
@@ -188,6 +192,39 @@ def _resolve_package(name: str) -> ModelSource:
         )
     (model,) = models
     return ModelSource(name, str(model)) if model in configs else ModelSource(name, str(model.parent), model.name)
+
+
+def _joined_pieces(package: str) -> Path | None:
+    """A GGUF file of pieces NAME.gguf.part00, part01 ... in a package and those that it requires, joined in the cache.
+
+    Raises:
+        FlexdistillError: if a piece is missing.
+    """
+    try:
+        requirements = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        requirements = []
+    names = [package, *(re.match(r"[\w.-]+", requirement)[0] for requirement in requirements if ";" not in requirement)]
+    found = {path for name in names for folder in _package_folders(name) for path in folder.rglob("*.gguf.part*")}
+    pieces = sorted(found, key=lambda path: path.name)
+    if not pieces:
+        return None
+    expected = [f"{pieces[0].stem}.part{number:02d}" for number in range(len(pieces))]
+    if [path.name for path in pieces] != expected:
+        raise FlexdistillError(
+            f"Package {package!r} and those that it requires hold {', '.join(path.name for path in pieces)}, which are "
+            "not all pieces of one file; install the package again with its dependencies."
+        )
+    joined = Path(HF_HOME) / "flexdistill" / pieces[0].stem
+    if not joined.is_file() or joined.stat().st_size != sum(path.stat().st_size for path in pieces):
+        joined.parent.mkdir(parents=True, exist_ok=True)
+        aside = joined.with_suffix(".joining")
+        with aside.open("wb") as file:
+            for path in pieces:
+                with path.open("rb") as piece:
+                    shutil.copyfileobj(piece, file)
+        aside.replace(joined)
+    return joined
 
 
 def _package_folders(package: str) -> list[Path]:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 from flexdistill import conversion
 from flexdistill.attention_modes import AttentionCall, attention_function
 from flexdistill.conversion import apply_plan, check_sequence_length, make_plan, resolve_kernel, select_layers
+from flexdistill.distill.heads import SplitModel
 from flexdistill.errors import FlexdistillError
 from flexdistill.recipe import KernelRecipe
 from flexdistill.runtime.cache import cache_num_bytes
@@ -61,7 +63,7 @@ def test_plan_changes_nothing(name, implementation):
 def test_plan_restores_a_model_that_fails(name):
     model = MAKERS[name]()
     model.base_model.register_forward_hook(lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(FlexdistillError, match="could not be run on example inputs.*: division by zero"):
         make_plan(model, KernelRecipe())
     assert model.config._attn_implementation == "sdpa"
 
@@ -183,6 +185,9 @@ def test_sliding_window_layers_are_kept():
     assert torch.equal(student.generate(TOKENS, **settings), student.generate(TOKENS, use_cache=False, **settings))
 
 
+NAMES = [f"layers.{index}.self_attn" for index in range(8)]
+
+
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
@@ -194,10 +199,14 @@ def test_sliding_window_layers_are_kept():
         ("every:3", [0, 3, 6]),
         ("every:1", [0, 1, 2, 3, 4, 5, 6, 7]),
         ("every:100", [0]),
+        ("every:3,1", [0, 1, 3, 6]),
+        ("layers.*", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("layers.2.self_attn", [2]),
+        ("*.[13].*,6", [1, 3, 6]),
     ],
 )
 def test_select_layers(expression, expected):
-    assert select_layers(expression, 8) == expected
+    assert select_layers(expression, NAMES) == expected
 
 
 @pytest.mark.parametrize(
@@ -205,13 +214,22 @@ def test_select_layers(expression, expected):
 )
 def test_unreadable_layers_are_errors(expression):
     with pytest.raises(FlexdistillError, match="cannot be read; write all, indices such as 0-5,9 or every:4"):
-        select_layers(expression, 8)
+        select_layers(expression, NAMES)
 
 
-@pytest.mark.parametrize("expression", ["8", "0-8", "3,9"])
+@pytest.mark.parametrize("expression", ["8", "0-8", "3,9", "encoder.*", "0,h.1.attn"])
 def test_absent_layers_are_errors(expression):
-    with pytest.raises(FlexdistillError, match=f"Layers '{expression}' are not all there; .* layers 0 to 7"):
-        select_layers(expression, 8)
+    with pytest.raises(FlexdistillError, match=f"Layers '{re.escape(expression)}' are not all there; .* layers 0 to 7"):
+        select_layers(expression, NAMES)
+
+
+def test_kept_layers():
+    plan = make_plan(tiny_llama(), KernelRecipe(keep_layers="0"))
+    assert [module.reason for module in plan.modules] == ["among the layers 0 that stay", "softmax attention"]
+    plan = make_plan(tiny_bart(), KernelRecipe(layers="decoder.*"))
+    assert [module.name for module in plan.converted] == ["decoder.layers.0.self_attn"]
+    with pytest.raises(FlexdistillError, match="none is left to become linear without every:1; set another"):
+        make_plan(tiny_llama(), KernelRecipe(keep_layers="every:1"))
 
 
 def test_unknown_kernels_are_errors():
@@ -290,7 +308,8 @@ def test_architectures_without_the_attention_interface_are_refused_by_name(name)
         make_plan(model, KernelRecipe())
 
 
-def test_encoder_decoders_are_refused():
+def tiny_bart():
+    torch.manual_seed(0)
     config = BartConfig(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -301,8 +320,24 @@ def test_encoder_decoders_are_refused():
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
     )
+    return BartForConditionalGeneration(config).eval()
+
+
+def test_encoder_decoders_keep_cross_attention():
+    plan = make_plan(tiny_bart(), KernelRecipe())
+    assert {(module.name, module.action, module.causal) for module in plan.modules} == {
+        ("encoder.layers.0.self_attn", "convert", False),
+        ("decoder.layers.0.self_attn", "convert", True),
+        ("decoder.layers.0.encoder_attn", "keep", False),
+    }
+    assert {module.reason for module in plan.modules if module.spec is None} == {
+        "its keys are not of its own positions (cross-attention)"
+    }
+
+
+def test_encoder_decoders_are_not_distilled():
     with pytest.raises(FlexdistillError, match="BartForConditionalGeneration is an encoder-decoder"):
-        make_plan(BartForConditionalGeneration(config), KernelRecipe())
+        SplitModel(tiny_bart())
 
 
 def test_classes_from_elsewhere_are_refused():

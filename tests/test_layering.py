@@ -21,8 +21,8 @@ RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
 LAYERS = [
     {"errors"},
     {"recipe", "runtime", "progress", "losses"},
-    {"attention_modes", "data", "devices", "sources", "tables"},
-    {"conversion", "distill"},
+    {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
+    {"attention_search", "conversion", "distill"},
     {"evaluation", "export", "report", "scoring"},
     {"pipeline", "positions", "recall"},
     {"comparison", "ranking"},

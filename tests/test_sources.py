@@ -161,6 +161,34 @@ def test_distribution_whose_module_has_another_name(tmp_path, monkeypatch, tiny_
     assert resolve_model("package:some-distribution").path_or_id == str(folder)
 
 
+def distribution(site, name, requires=(), **files):
+    """An installed package with files of the given bytes in it."""
+    (site / name).mkdir(parents=True)
+    (site / name / "__init__.py").touch()
+    for file, content in files.items():
+        (site / name / file.replace("__", ".")).write_bytes(content)
+    information = site / f"{name}-1.0.dist-info"
+    information.mkdir()
+    lines = [f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {one}==1.0" for one in requires)]
+    (information / "METADATA").write_text("Metadata-Version: 2.1\n" + "\n".join(lines) + "\n")
+
+
+def test_gguf_in_pieces_over_several_packages(tmp_path, monkeypatch, write_gguf):
+    content = write_gguf(tiny_llama()).read_bytes()
+    site = tmp_path / "site"
+    distribution(site, "whole_tiny", requires=["piece-one", "piece-two"])
+    distribution(site, "piece_one", tiny__gguf__part00=content[:5000])
+    distribution(site, "piece_two", tiny__gguf__part01=content[5000:])
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr("flexdistill.sources.HF_HOME", str(tmp_path / "cache"))
+    source = resolve_model("package:whole-tiny")
+    assert source.gguf_file == "tiny.gguf"
+    assert torch.equal(logits(load_model(source)), logits(tiny_llama()))
+    assert resolve_model("package:whole-tiny") == source
+    (site / "piece_one" / "tiny.gguf.part00").rename(site / "piece_one" / "tiny.gguf.part02")
+    rejected("hold tiny.gguf.part01, tiny.gguf.part02, which are not all pieces", resolve_model, "package:whole-tiny")
+
+
 def test_packages_without_a_model_are_errors():
     rejected("not installed; run `pip install no-such-package`", resolve_model, "package:no-such-package")
     rejected("not installed", resolve_model, "package:__main__")

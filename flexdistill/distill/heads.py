@@ -23,10 +23,15 @@ class SplitModel:
         model: a model with a head over its base model.
 
     Raises:
-        FlexdistillError: if the model has no head that gives logits over the vocabulary.
+        FlexdistillError: if the model has no head that gives logits over the vocabulary, or is an encoder-decoder.
     """
 
     def __init__(self, model: PreTrainedModel):
+        if model.config.is_encoder_decoder:
+            raise FlexdistillError(
+                f"{type(model).__name__} is an encoder-decoder, whose two texts this training has no data for; convert "
+                "a decoder or an encoder, or convert it in Python and train it with a loop of your own."
+            )
         if model.base_model is model or model.get_output_embeddings() is None:
             raise FlexdistillError(
                 f"{type(model).__name__} gives no logits over a vocabulary, so there is nothing to distil or evaluate; "

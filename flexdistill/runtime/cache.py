@@ -22,10 +22,13 @@ class FlexformerCacheLayer(CacheLayerMixin):
         self.seen_tokens = 0
 
     def lazy_initialization(self, key_states, value_states) -> None:
+        # some models ask a layer for its number of keys
+        self.keys, self.values = (x.new_empty(*x.shape[:-2], 0, x.shape[-1]) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        self.is_initialized = True
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         self.seen_tokens += key_states.shape[-2]
         return key_states, value_states
 

@@ -60,6 +60,15 @@ class Spectrum:
     key: tuple[torch.Tensor | None, ...]
 
 
+class MapParameters(nn.ParameterDict):
+    """Parameters of one map by name; called for them, so that the hooks fire that bring offloaded ones."""
+
+    __call__ = nn.Module.__call__  # torch's own refuses to be called
+
+    def forward(self) -> dict[str, nn.Parameter]:
+        return dict(self.items())
+
+
 class FeatureMap(nn.Module):
     """The contract of a kernel: construct from a `KernelSpec`, map queries and keys to `Features`.
 
@@ -85,8 +94,8 @@ class FeatureMap(nn.Module):
     def __init__(self, spec: KernelSpec):
         super().__init__()
         self.spec = spec
-        self.query_parameters = nn.ParameterDict()
-        self.key_parameters = nn.ParameterDict()
+        self.query_parameters = MapParameters()
+        self.key_parameters = MapParameters()
         self.window_gate = nn.Parameter(torch.empty(spec.num_heads)) if spec.window else None
 
     @property
@@ -146,9 +155,10 @@ class FeatureMap(nn.Module):
             if not tied:
                 self.key_parameters[name] = nn.Parameter(torch.empty(self.spec.num_state_heads, *shape))
 
-    def _maps(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
+    def _maps(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """Parameters of the query map and of the key map."""
-        return self.query_parameters, self.query_parameters if self.spec.tied else self.key_parameters
+        query = self.query_parameters()
+        return query, query if self.spec.tied else self.key_parameters()
 
     def _start_alike(self) -> None:
         """Gives the key map the query map's values (each KV head takes its group's first query head)."""

@@ -17,6 +17,8 @@ NAME = "flexformer"
 _IS_COPY = __name__.startswith("transformers_modules.")
 IMPLEMENTATION = f"{NAME}_{__name__.replace('.', '_')}" if _IS_COPY else NAME
 _CACHE_ARGUMENT = "flexformer_cache_layer"
+# capped logits and learned sinks
+_EAGER_ARGUMENTS = ("softcap", "s_aux", "sinks")
 
 
 def flexformer_attention(
@@ -40,18 +42,28 @@ def flexformer_attention(
         (B, T, H, D) in the query's dtype, and None in place of attention weights.
 
     Raises:
-        ValueError: for a mask that linear attention cannot apply: a 4-D one, or that of packed sequences.
+        ValueError: for a mask that linear attention cannot apply: a 4-D one, or one of its own kind; for keys
+            from elsewhere than the queries.
     """
     cache_layer: FlexformerCacheLayer | None = kwargs.pop(_CACHE_ARGUMENT, None)
     feature_map = getattr(module, NAME, None)
     if feature_map is None:
         return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if key.shape[-2] != query.shape[-2]:
+        raise ValueError(
+            f"Flexformer attention was given {key.shape[-2]} keys for {query.shape[-2]} queries: its cache does not "
+            "serve this way of running; pass use_cache=False."
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    packed = isinstance(attention_mask, LazyMask) and not attention_mask.is_plain and cache_layer is None
+    if packed and (boundaries := attention_mask.boundaries()) is not None:
+        return _packed_attention(feature_map, query, key, value, scaling, boundaries), None
     output, memory = attend(
         feature_map,
         query,
         key,
         value,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling,
         visible=visible_keys(attention_mask, key.shape[-2]),
         memory=cache_layer.memory if cache_layer else None,
         keep_memory=cache_layer is not None,
@@ -61,13 +73,22 @@ def flexformer_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _packed_attention(feature_map, query, key, value, scaling, boundaries) -> torch.Tensor:
+    """Attention within each of the sequences that every row holds end to end, (B, T, H, D)."""
+    rows = [
+        attend(feature_map, *row, scaling=scaling, keep_memory=False, boundaries=ends)[0]
+        for *row, ends in zip(query.split(1), key.split(1), value.split(1), boundaries, strict=True)
+    ]
+    return torch.cat(rows).transpose(1, 2).contiguous()
+
+
 def softmax_attention(module, query, key, value, attention_mask=None, **kwargs):
     """Softmax attention as the model's own implementation computes it, given a lazy mask."""
-    if kwargs.get("softcap") is None:
+    if all(kwargs.get(name) is None for name in _EAGER_ARGUMENTS):
         if isinstance(attention_mask, LazyMask):
             attention_mask = attention_mask.build("sdpa")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    # sdpa has no softcap; the model's own eager function does
+    # the model's own eager function knows what sdpa would ignore
     if isinstance(attention_mask, LazyMask):
         attention_mask = attention_mask.build("eager")
     eager = sys.modules[type(module).__module__].eager_attention_forward
@@ -81,8 +102,8 @@ def visible_keys(mask: LazyMask | torch.Tensor | None, length: int) -> torch.Ten
     if isinstance(mask, LazyMask):
         if not mask.is_plain:
             raise ValueError(
-                "Flexformer attention takes causal or bidirectional masks with padding only; pass sequences one by one "
-                "or padded instead of packed, and no custom mask function."
+                "Flexformer attention takes causal or bidirectional masks with padding only, or causal ones of "
+                "sequences packed by position_ids without a cache; pass sequences one by one or padded."
             )
         mask = mask.padding
         if mask is None:

@@ -1,5 +1,7 @@
 """The mask that Flexformer attention asks transformers for: padding, and a full mask only if a layer needs it."""
 
+import inspect
+
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
@@ -29,6 +31,22 @@ class LazyMask:
         """Whether the mask is just causal or bidirectional, with padding; packed sequences and prefixes are not."""
         return self._arguments["mask_function"] in (causal_mask_function, bidirectional_mask_function)
 
+    def boundaries(self) -> list[list[int]] | None:
+        """Where sequences begin that are packed end to end under causal masks: a rising list from 0 to T for each row.
+
+        None if the mask is another one.
+        """
+        if "boundaries" not in self._built:
+            numbers = _sequence_numbers(self._arguments["mask_function"])
+            changes = [] if numbers is None else [row.nonzero().flatten() + 1 for row in numbers.diff(dim=-1)]
+            self._built["boundaries"] = [[0, *change.tolist(), numbers.shape[-1]] for change in changes] or None
+        return self._built["boundaries"]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a plain mask hides later positions."""
+        return self._arguments["mask_function"] is causal_mask_function
+
     @property
     def shape(self) -> tuple[int, int]:
         return self._arguments["batch_size"], self._arguments["kv_offset"] + self._arguments["kv_length"]
@@ -50,6 +68,29 @@ class LazyMask:
         if implementation not in self._built:
             self._built[implementation] = {"sdpa": sdpa_mask, "eager": eager_mask}[implementation](**self._arguments)
         return self._built[implementation]
+
+
+def _sequence_numbers(mask_function) -> torch.Tensor | None:
+    """int (B, T), rising by 1 with each packed sequence, if a mask function is causal in each; None if it is not."""
+    if _maker(mask_function) != "and_masks":
+        return None
+    functions = {_maker(function): function for function in _inside(mask_function)["mask_functions"]}
+    packed = functions.pop("packed_sequence_mask_function", None)
+    if remapped := functions.pop("remap_positions_for_packed_sequence", None):
+        functions["remapped"] = _inside(remapped)["mask_function"]
+    return (
+        _inside(packed)["packed_sequence_mask"] if packed and [*functions.values()] == [causal_mask_function] else None
+    )
+
+
+def _maker(mask_function) -> str:
+    """The function of transformers that made a mask function."""
+    return mask_function.__qualname__.partition(".")[0]
+
+
+def _inside(mask_function) -> dict:
+    """What a mask function was made of, by name."""
+    return inspect.getclosurevars(mask_function).nonlocals
 
 
 def flexformer_mask(

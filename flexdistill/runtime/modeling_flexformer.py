@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_flexformer import MODEL_TYPE, FlexformerConfigMixin, KernelSpec
 from .feature_maps import FeatureMap
@@ -42,6 +43,11 @@ class FlexformerMixin:
     """Mixed into a subclass of the base model's class: attaches the feature maps that the configuration names."""
 
     _is_stateful = True  # generate() then refuses what would need to roll the state back
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what transformers does to the base model's own weights on disk is done here too."""
+        return False
 
     def __init__(self, config, *args, **kwargs):
         # the implementation is checked while the base class builds itself, and set once the feature maps are in place
@@ -79,9 +85,20 @@ def _unpacked_while_tracing(model, args, kwargs):
 
 
 def attach_feature_maps(base_model: nn.Module, specs: dict[str, KernelSpec]) -> None:
-    """Puts a feature map, freshly initialised unless on the meta device, into each named attention module."""
+    """Puts a feature map, freshly initialised unless on the meta device, into each named attention module.
+
+    A head over a part of the base model, such as a decoder alone, leaves out what the part does not have.
+
+    Raises:
+        ValueError: if it has none of them.
+    """
+    modules = dict(base_model.named_modules())
+    if specs and not specs.keys() & modules.keys():
+        raise ValueError(f"{type(base_model).__name__} has none of the converted modules: {', '.join(specs)}.")
     for name, spec in specs.items():
-        module = base_model.get_submodule(name)
+        if name not in modules:
+            continue
+        module = modules[name]
         feature_map = build_feature_map(spec)
         if not any(tensor.is_meta for tensor in feature_map.state_dict().values()):
             feature_map.reset_parameters()
@@ -163,12 +180,11 @@ def _model_class(name: str, base: type[PreTrainedModel]) -> type:
     # a causal model often serves pretraining too, and is asked for by its own name
     named = [auto for auto in heads if auto != "AutoModelForPreTraining"]
     cls._auto_class = (named or heads or ["AutoModel"])[0]
-    # renamings of weights on disk are looked up by class, and a subclass of another name would miss them
-    for key in (base.__name__, base.config_class.model_type):
-        renamings = conversion_mapping.get_checkpoint_conversion_mapping(key)
-        if renamings:
-            conversion_mapping.register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
-            break
+    # both are looked up by the name of the class
+    renamings = conversion_mapping.get_checkpoint_conversion_mapping(base.__name__)
+    if renamings:
+        conversion_mapping.register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), base._can_record_outputs)
     return cls
 
 

@@ -6,13 +6,16 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
+from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
 from flexdistill.runtime.cache import FlexformerCacheLayer, cache_num_bytes
 from flexdistill.runtime.configuration_flexformer import KernelSpec
 from flexdistill.runtime.feature_maps import FeatureMap
-from flexdistill.runtime.interface import NAME
+from flexdistill.runtime.interface import NAME, visible_keys
+from flexdistill.runtime.masks import LazyMask
 from flexdistill.runtime.modeling_flexformer import FlexformerMixin, convert_model, flexformer_class
 from flexdistill.runtime.registry import feature_map_class
 from tests.runtime.kernels import CAUSAL_KERNELS, every_kernel
@@ -169,6 +172,16 @@ def test_reload_of_the_base_model_alone(name, tmp_path):
         assert torch.equal(
             base(input_ids=tokens()).last_hidden_state, model.base_model(input_ids=tokens()).last_hidden_state
         )
+
+
+@every_model
+def test_hidden_states_are_given(name):
+    model = converted(name)
+    layers = model(input_ids=tokens(), output_hidden_states=True).hidden_states
+    assert len(layers) == 3
+    with torch.no_grad():
+        last = model.base_model(input_ids=tokens()).last_hidden_state
+    assert torch.equal(layers[-1], last)
 
 
 OUTSIDE = """
@@ -436,6 +449,28 @@ def test_partial_conversion_generates(name, layers, window):
     assert [isinstance(layer, FlexformerCacheLayer) for layer in cache.layers] == [i in layers for i in range(2)]
 
 
+@every_model
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_layers_that_stay_compute_exactly_their_softmax(name, padded):
+    teacher, model, mask = sharpened(MAKERS[name]()), converted(name, layers=[1]), torch.ones(2, 40, dtype=torch.long)
+    mask[0, : 15 * padded] = 0
+    theirs, ours = (m(input_ids=tokens(), attention_mask=mask, output_hidden_states=True) for m in (teacher, model))
+    assert torch.equal(ours.hidden_states[1], theirs.hidden_states[1])
+    assert not torch.equal(ours.hidden_states[2], theirs.hidden_states[2])
+
+
+@every_generator
+def test_layers_that_stay_compute_exactly_their_softmax_when_generating(name):
+    teacher, model = sharpened(MAKERS[name]()), converted(name, layers=[1])
+    caches = [DynamicCache(config=m.config) for m in (teacher, model)]
+    for part in tokens(30).split([20, *[1] * 10], dim=1):
+        theirs, ours = (
+            m(input_ids=part, past_key_values=cache, output_hidden_states=True).hidden_states[1]
+            for m, cache in zip((teacher, model), caches, strict=True)
+        )
+        assert torch.equal(ours, theirs)
+
+
 @every_generator
 def test_four_dimensional_masks_are_refused(name):
     mask = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
@@ -443,10 +478,49 @@ def test_four_dimensional_masks_are_refused(name):
         logits(converted(name), tokens(), attention_mask=mask)
 
 
-def test_packed_sequences_are_refused():
-    position_ids = torch.cat([torch.arange(25), torch.arange(15)])[None]
-    with pytest.raises(ValueError, match="pass sequences one by one or padded instead of packed"):
-        logits(converted("llama"), tokens(batch=1), position_ids=position_ids, use_cache=False)
+def packed_positions(*lengths):
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@every_generator
+@every_window
+@pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["whole", "partial"])
+def test_packed_sequences_are_each_alone(name, window, layers):
+    model, ids, lengths = converted(name, window=window, layers=layers), tokens(40), [[25, 14, 1], [3, 30, 7]]
+    positions = torch.cat([packed_positions(*row) for row in lengths])
+    packed = logits(model, ids, position_ids=positions, use_cache=False)
+    for row, lengths_of_row in enumerate(lengths):
+        alone = [logits(model, part[None], use_cache=False) for part in ids[row].split(lengths_of_row)]
+        assert_close(packed[row, None], torch.cat(alone, dim=1))
+
+
+def test_sequences_flattened_by_the_collator():
+    model, ids = converted("llama", window=8).train(), tokens(40, batch=1)[0]
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collator([{"input_ids": part.tolist()} for part in ids.split([25, 15])])
+    del batch["labels"]
+    packed = logits(model, **{"ids": batch.pop("input_ids"), **batch}, use_cache=False)
+    assert_close(packed, torch.cat([logits(model, part[None], use_cache=False) for part in ids.split([25, 15])], dim=1))
+
+
+def test_gradients_of_packed_sequences():
+    model, ids, found = converted("llama", window=8), tokens(40, batch=1), []
+    for parts in ([ids], ids.split([25, 15], dim=1)):
+        model.zero_grad()
+        positions = packed_positions(25, 15)
+        for part in parts:
+            position_ids = positions if part is ids else None
+            model(input_ids=part, position_ids=position_ids, use_cache=False).logits.square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if f".{NAME}." in n})
+    for key, expected in found[1].items():
+        assert (found[0][key] - expected).norm() <= 1e-4 * expected.norm().clamp_min(1e-3), key
+
+
+def test_a_packed_mask_of_another_kind_is_refused():
+    mask = LazyMask(mask_function=or_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 4))))
+    assert mask.boundaries() is None
+    with pytest.raises(ValueError, match="sequences packed by position_ids"):
+        visible_keys(mask, 4)
 
 
 @every_generator
