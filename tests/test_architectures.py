@@ -1,13 +1,20 @@
-"""No family has code of its own: a sample of architectures converts, keeps its teacher, reloads and generates."""
+"""No family has code of its own: a sample of architectures converts, keeps its teacher, reloads and generates.
+
+The sample comes from the sweep, `benchmarks/architectures.py`, which goes over all of transformers.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 import flexdistill  # noqa: F401  registers converted models with the auto classes
+from benchmarks.architectures import CONVERTS, IN_PART, REFUSED, WRONG, markdown, sweep
 from flexdistill.attention_modes import softmax_mode
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.recipe import KernelRecipe
+from flexdistill.runtime.cache import FlexformerCacheLayer
 
 SIZES = {
     "vocab_size": 128,
@@ -70,6 +77,52 @@ def test_architecture(name, tmp_path):
         arguments = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
         arguments |= {"pad_token_id": 0, "eos_token_id": None}
         assert torch.equal(student.generate(**arguments), student.generate(**arguments, use_cache=False))
+
+
+# model type -> (verdict, class, why attention modules stay softmax or the type is refused, whether it generates)
+CROSS = "its keys are not of its own positions (cross-attention)"
+SWEPT = {
+    "llava": (CONVERTS, "LlavaForConditionalGeneration", "", True),
+    "clip": (CONVERTS, "CLIPModel", "", False),
+    "vit": (CONVERTS, "ViTForImageClassification", "", False),
+    "olmoe": (CONVERTS, "OlmoeForCausalLM", "", True),
+    "phi3": (CONVERTS, "Phi3ForCausalLM", "", True),
+    "olmo2": (CONVERTS, "Olmo2ForCausalLM", "", True),
+    "axk1": (CONVERTS, "AXK1ForCausalLM", "", True),
+    "bart": (IN_PART, "BartForConditionalGeneration", CROSS, True),
+    "whisper": (IN_PART, "WhisperForConditionalGeneration", CROSS, True),
+    "gemma3": (IN_PART, "Gemma3ForConditionalGeneration", "sliding window of 4096 tokens", True),
+    "modernbert": (IN_PART, "ModernBertForMaskedLM", "sliding window of", False),
+    "t5": (REFUSED, "T5ForConditionalGeneration", "it adds a bias to each pair of positions", False),
+    "gpt_oss": (REFUSED, "GptOssForCausalLM", "it has learned attention sinks", False),
+    "diffllama": (REFUSED, "DiffLlamaForCausalLM", "it attends several times in one pass", False),
+    "git": (REFUSED, "GitForCausalLM", "does more with its attention mask than pass it on", False),
+    "gpt_neo": (REFUSED, "GPTNeoForCausalLM", "does not use the AttentionInterface", False),
+}
+
+
+@pytest.mark.parametrize("model_type", SWEPT)
+def test_sweep(model_type):
+    verdict, class_name, why, generates = SWEPT[model_type]
+    outcome = sweep(model_type)
+    assert (outcome.verdict, outcome.class_name) == (verdict, class_name), outcome.why
+    assert why in (outcome.why or "; ".join(outcome.kept)) and outcome.generates == generates
+    assert outcome.reload_difference <= 1e-5
+
+
+def test_sweep_tells_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(FlexformerCacheLayer, "remember", lambda self, memory: None)
+    outcome = sweep("llama")
+    assert outcome.verdict == WRONG and "cached logits differ from uncached" in outcome.why
+    assert outcome.why in markdown([outcome])
+
+
+def test_docs_list_what_the_sweep_finds():
+    document = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    converting, refused = document.split("## Refused")
+    assert "## Wrong" not in document and converting.count("\n| ") > 200
+    for model_type, (verdict, *_) in SWEPT.items():
+        assert f"\n| {model_type} " in (refused if verdict == REFUSED else converting), model_type
 
 
 def test_capped_logits_stay_softmax():
