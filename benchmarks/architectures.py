@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import re
 import signal
 import sys
 import tempfile
@@ -271,7 +272,8 @@ def _difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> flo
 
 
 def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    # without the places of files on this machine
+    lines = re.sub(r" from '/[^']*'", "", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
