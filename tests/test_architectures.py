@@ -29,6 +29,8 @@ GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
 HYBRID = GROUPED | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 # class -> (configuration, how many of its modules convert)
 ARCHITECTURES = {
+    "GPT2LMHeadModel": (SIZES, 2),
+    "LlamaForCausalLM": (GROUPED, 2),
     "Qwen2ForCausalLM": (GROUPED, 2),
     "Qwen3ForCausalLM": (GROUPED, 2),
     "MistralForCausalLM": (GROUPED | {"sliding_window": None}, 2),
@@ -38,6 +40,12 @@ ARCHITECTURES = {
     "GPTNeoXForCausalLM": (SIZES, 2),
     "OPTForCausalLM": (SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}, 2),
     "MixtralForCausalLM": (GROUPED, 2),
+    "OlmoeForCausalLM": (GROUPED, 2),
+    "Olmo2ForCausalLM": (GROUPED, 2),
+    "Phi3ForCausalLM": (GROUPED, 2),
+    "GraniteForCausalLM": (GROUPED, 2),
+    "Starcoder2ForCausalLM": (GROUPED | {"sliding_window": None}, 2),
+    "SmolLM3ForCausalLM": (GROUPED, 2),
     "RobertaForMaskedLM": (SIZES, 2),
     "DistilBertForMaskedLM": ({"vocab_size": 128, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}, 2),
     "AlbertForMaskedLM": (SIZES | {"embedding_size": 16}, 1),
@@ -74,9 +82,22 @@ def test_architecture(name, tmp_path):
     assert (logits(reloaded) - expected).abs().max() <= 1e-5
 
     if plan.modules[0].causal:
-        arguments = {"input_ids": tokens, "attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
-        arguments |= {"pad_token_id": 0, "eos_token_id": None}
-        assert torch.equal(student.generate(**arguments), student.generate(**arguments, use_cache=False))
+        check_generation(student, tokens, mask)
+
+
+def check_generation(student, tokens, mask):
+    """With the cache as without, padded as alone, from states that do not grow."""
+    arguments = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = student.generate(tokens, attention_mask=mask, return_dict_in_generate=True, **arguments)
+    assert torch.equal(cached.sequences, student.generate(tokens, attention_mask=mask, use_cache=False, **arguments))
+    first = int((mask[0] == 0).sum())
+    assert torch.equal(cached.sequences[:1, first:], student.generate(tokens[:1, first:], **arguments))
+    short = student(tokens, use_cache=True).past_key_values
+    assert sum(map(state_bytes, cached.past_key_values.layers)) == sum(map(state_bytes, short.layers)) > 0
+
+
+def state_bytes(layer) -> int:
+    return layer.num_bytes if isinstance(layer, FlexformerCacheLayer) else 0
 
 
 # model type -> (verdict, class, why attention modules stay softmax or the type is refused, whether it generates)
