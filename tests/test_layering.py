@@ -23,7 +23,7 @@ LAYERS = [
     {"recipe", "runtime", "progress", "losses"},
     {"attention_modes", "data", "devices", "sources", "tables"},
     {"conversion", "distill"},
-    {"evaluation", "export", "report", "scoring"},
+    {"evaluation", "export", "hub", "report", "scoring"},
     {"pipeline", "positions", "recall"},
     {"comparison", "ranking"},
     {"api"},
