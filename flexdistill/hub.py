@@ -87,7 +87,9 @@ def check_owner(repository: str) -> None:
     owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
     owner = repository.split("/")[0]
     if owner not in owners:
-        raise FlexdistillError(f"The token is not of {owner!r}; name a repository of {' or '.join(owners)}.")
+        raise FlexdistillError(
+            f"The token's account does not own {owner!r}; name a repository of {' or '.join(owners)}."
+        )
 
 
 def _exported(directory: str | Path) -> Path:
@@ -140,6 +142,6 @@ def _explanation(repository: str, error: Exception) -> str:
     elif status is None and isinstance(error, ValueError):
         remedy = "check the repository's name and the model card"
     else:
-        remedy = _REMEDIES.get(status, "check the network and push again, which goes on where it stopped")
+        remedy = _REMEDIES.get(status, "check the network; `flexdistill push` goes on with a push that broke off")
     where = f"HTTP {status}: {reason}" if status else reason
     return f"Repository {repository!r} cannot be written ({where}); {remedy}."

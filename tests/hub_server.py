@@ -32,7 +32,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         models: name -> revision -> path -> content.
         private: names of private models.
-        requests: (route, path) of each, in order.
+        requests: the route of each, in order.
         breaks: routes whose next connection ends without an answer.
     """
 
@@ -44,7 +44,7 @@ class Hub(ThreadingHTTPServer):
         self.models: dict[str, dict[str, dict[str, bytes]]] = {}
         self.private: set[str] = set()
         self.stored: dict[str, bytes] = {}
-        self.requests: list[tuple[str, str]] = []
+        self.requests: list[str] = []
         self.breaks: set[str] = set()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -55,9 +55,6 @@ class Hub(ThreadingHTTPServer):
     def __exit__(self, *exception):
         self.shutdown()
         self.server_close()
-
-    def routes(self) -> list[str]:
-        return [route for route, _ in self.requests]
 
 
 class Refused(Exception):
@@ -72,18 +69,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = urlsplit(self.path).path
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        for route, (methods, pattern) in ROUTES.items():
-            found = re.fullmatch(pattern, path)
-            if found and self.command in methods.split("|"):
-                break
-        else:
+        found = {
+            route: match.groupdict()
+            for route, (methods, pattern) in ROUTES.items()
+            if self.command in methods.split("|") and (match := re.fullmatch(pattern, path))
+        }
+        if not found:
             return self.answer({"error": f"no route for {self.command} {path}"}, 501)
-        self.server.requests.append((route, path))
+        route, names = next(iter(found.items()))
+        self.server.requests.append(route)
         if route in self.server.breaks:
             self.server.breaks.remove(route)
             self.close_connection = True
             return None
-        names = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
+        names = {name: unquote(value) for name, value in names.items() if value is not None}
         try:
             self.check_access(route, names.get("model"))
             getattr(self, route)(body, **names)
@@ -149,9 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
 
         def described(path):
             large = path.endswith((".safetensors", "tokenizer.json"))
-            oid = (
-                (hashlib.sha256(files[path]).hexdigest() if large else git_oid(files[path])) if path in files else None
-            )
+            oid_of = sha256 if large else git_oid
+            oid = oid_of(files[path]) if path in files else None
             return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
 
         self.answer({"files": [described(file["path"]) for file in json.loads(body)["files"]]})
@@ -164,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"transfer": "basic", "objects": objects})
 
     def upload(self, body, oid):
-        assert hashlib.sha256(body).hexdigest() == oid
+        assert sha256(body) == oid
         self.server.stored[oid] = body
         self.answer({})
 
@@ -205,8 +203,12 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.files(model, revision)
         if path not in files:
             raise Refused(404, "Entry not found", "EntryNotFound")
-        headers = {"ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"', "X-Repo-Commit": sha(files)}
+        headers = {"ETag": f'"{sha256(files[path])}"', "X-Repo-Commit": sha(files)}
         self.answer(files[path], headers=headers)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def git_oid(content: bytes) -> str:

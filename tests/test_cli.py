@@ -60,7 +60,9 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "compare", "generate", "variants", "recipes"])
+@pytest.mark.parametrize(
+    "command", ["convert", "inspect", "evaluate", "compare", "generate", "push", "variants", "recipes"]
+)
 def test_help(run, command):
     assert command in run("--help").out
     result = run(command, "--help")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import flexdistill
 from flexdistill.errors import FlexdistillError
 from tests import tiny
+from tests.distill.stages import teacher
 from tests.hub_server import Hub
 
 TOKEN = "hf_aSecretThatNobodyMayRead"
@@ -51,7 +52,7 @@ def logits(folder):
 def pushed(tmp_path_factory):
     """`gpt2` from a Hub, converted and pushed by the command line, then loaded and pushed again without flexdistill."""
     folder = tmp_path_factory.mktemp("hub")
-    source = tiny.save_tiny(folder / "source", tiny.tiny_gpt2(), tiny.tiny_tokenizer())
+    source = tiny.save_tiny(folder / "source", teacher("gpt2"), tiny.tiny_tokenizer())
     card = "---\nlicense: mit\nlanguage: en\n---\n# GPT-2\n"
     run_folder = folder / "run"
     run_folder.mkdir()
@@ -99,7 +100,7 @@ def test_convert_pushes_what_it_wrote(pushed):
 def test_pushed_model_loads_without_flexdistill(pushed):
     elsewhere = load_file(pushed.folder.parent / "logits.safetensors")["logits"]
     assert torch.equal(elsewhere, logits(pushed.folder))
-    assert not torch.equal(elsewhere, logits(pushed.root / "source"))
+    assert (elsewhere - logits(pushed.root / "source")).abs().max() > 0.01
 
 
 def test_push_to_hub_of_the_model(pushed, tmp_path):
@@ -130,20 +131,20 @@ def test_card(pushed):
 
 
 def test_token_is_nowhere(pushed):
-    assert "whoami" in pushed.hub.routes() and TOKEN not in pushed.output
+    assert "whoami" in pushed.hub.requests and TOKEN not in pushed.output
     for files in (contents(pushed.root), *(files for model in pushed.hub.models.values() for files in model.values())):
         assert files and not [name for name, content in files.items() if TOKEN.encode() in content]
 
 
 def test_broken_push_goes_on(pushed, hub):
     hub.breaks.add("commit")
-    with pytest.raises(FlexdistillError, match="push again, which goes on where it stopped"):
+    with pytest.raises(FlexdistillError, match="`flexdistill push` goes on with"):
         flexdistill.push(pushed.folder, "user/broken")
-    assert hub.routes().count("upload") == 2 and hub.models["user/broken"]["main"].keys() == {".gitattributes"}
+    assert hub.requests.count("upload") == 2 and hub.models["user/broken"]["main"].keys() == {".gitattributes"}
     hub.requests.clear()
     address = flexdistill.push(pushed.folder, "user/broken")
     assert address.startswith(f"{hub.url}/user/broken/commit/")
-    assert hub.routes().count("upload") == 0 and hub.routes().count("commit") == 1
+    assert hub.requests.count("upload") == 0 and hub.requests.count("commit") == 1
     assert hub.models["user/broken"]["main"] == hub.models["user/gpt2-linear"]["main"]
 
 
@@ -162,7 +163,7 @@ def test_branch(pushed, hub):
         flexdistill.push(pushed.folder, "user/branched", revision="v2")
     assert hub.models["user/branched"]["main"].keys() == {".gitattributes"}
     assert contents(pushed.folder).items() <= hub.models["user/branched"]["v2"].items()
-    assert hub.routes().count("branch") == 1
+    assert hub.requests.count("branch") == 1
 
 
 def test_weights_of_an_earlier_push_go(pushed, hub):
@@ -220,7 +221,9 @@ def test_without_access(pushed, hub, run, monkeypatch, tmp_path, setting, messag
 
 
 def test_convert_to_anothers_name(hub, run):
-    assert_one_sentence(run("convert", "gpt2", "--push-to-hub", "someone/new"), "The token is not of 'someone'")
+    assert_one_sentence(
+        run("convert", "gpt2", "--push-to-hub", "someone/new"), "does not own 'someone'; name a repository of user."
+    )
     assert "--private is for --push-to-hub" in run("convert", "gpt2", "--private").err
 
 
