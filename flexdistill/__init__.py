@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import compare, convert, evaluate, plan
     from .errors import FlexdistillError, NonFiniteLossError
+    from .hub import push
     from .recipe import Recipe
 
 _PUBLIC = {
@@ -24,11 +25,12 @@ _PUBLIC = {
     "convert": ".api",
     "evaluate": ".api",
     "plan": ".api",
+    "push": ".hub",
     "Recipe": ".recipe",
     "FlexdistillError": ".errors",
     "NonFiniteLossError": ".errors",
 }
-__all__ = ["FlexdistillError", "NonFiniteLossError", "Recipe", "compare", "convert", "evaluate", "plan"]
+__all__ = ["FlexdistillError", "NonFiniteLossError", "Recipe", "compare", "convert", "evaluate", "plan", "push"]
 
 
 def __getattr__(name: str):

@@ -32,6 +32,7 @@ from .cli_options import (
     Model,
     Overwrite,
     Precision,
+    Private,
     Seed,
     SequenceLength,
     Settings,
@@ -102,20 +103,34 @@ def convert(
     output: Annotated[Path | None, option(help="Folder of the result; else NAME-flexformer.")] = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, option("--resume", help="Go on from the output folder's newest checkpoint.")] = False,
+    push_to_hub: Annotated[
+        str | None, option("--push-to-hub", metavar="USER/NAME", help="Upload the result to this repository.")
+    ] = None,
+    private: Private = None,
     dry_run: Annotated[bool, option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = None,
     debug: Debug = False,
 ) -> None:
     """Convert MODEL, distil it and write a checkpoint."""
+    if private and push_to_hub is None:
+        raise typer.BadParameter("--private is for --push-to-hub.")
     resolved = make_recipe(context.params)
     if dry_run:
         _show_plan(resolved, as_json)
         return
     from .pipeline import convert as run
 
-    metrics = run(resolved, output or default_output(model), overwrite=overwrite, resume=resume)
+    output = output or default_output(model)
+    pushes = push_to_hub is not None and _is_main_process()
+    if pushes:
+        from . import hub
+
+        hub.check_owner(push_to_hub)  # before hours of training
+    metrics = run(resolved, output, overwrite=overwrite, resume=resume)
     _show_metrics(metrics, model, as_json)
+    if pushes:
+        print(f"Pushed to {hub.push(output, push_to_hub, private=private)}", file=sys.stderr)
 
 
 @app.command()
@@ -277,6 +292,21 @@ def generate(
         print(generation["text"])
         state = format_bytes(generation["state_bytes"])
         print(f"{generation['tokens_per_s']:.1f} tokens/s, {state} of state", file=sys.stderr)
+
+
+@app.command()
+def push(
+    directory: Annotated[str, typer.Argument(help="Folder of a converted model.")],
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Made if it is not there.")],
+    private: Private = None,
+    revision: Annotated[str | None, option(help="Branch, or an open pull request as refs/pr/1; else main.")] = None,
+    create_pr: Annotated[bool, option("--create-pr", help="Open a pull request.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a converted model to the Hugging Face Hub, or go on with an upload that broke off."""
+    from .hub import push as run
+
+    print(run(directory, repository, private=private, revision=revision, create_pr=create_pr))
 
 
 @app.command()

@@ -79,6 +79,7 @@ Precision = Annotated[str | None, training_option(metavar="auto|fp32|bf16")]
 Settings = Annotated[
     list[str] | None, option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
 ]
+Private = Annotated[bool | None, option("--private", help="Make the repository private, if it is not there yet.")]
 Overwrite = Annotated[bool, option("--overwrite", help="Replace what is in the output folder.")]
 
 

@@ -159,6 +159,14 @@ def _local_files(source: str) -> list[Path] | None:
     return files
 
 
+def dataset_name(source: str) -> str | None:
+    """The `datasets` name that a source is; None for local text, also where it is gone since it was read."""
+    try:
+        return source if _local_files(source) is None else None
+    except FlexdistillError:
+        return None
+
+
 def _is_compressed(path: Path) -> bool:
     return path.suffix.lower() in _COMPRESSIONS
 

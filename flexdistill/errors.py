@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,11 @@ class FlexdistillError(Exception):
 
 class NonFiniteLossError(FlexdistillError):
     """A loss or gradient became NaN or infinite; nothing after the named step was kept."""
+
+
+def first_sentence(error: Exception) -> str:
+    """The beginning of a foreign error's message, without its full stop; its type where it has none."""
+    return re.split(r"[.:]?\s*\n|\. |[.:]$", str(error).strip())[0] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -26,11 +26,12 @@ from .distill.logits import next_tokens, positions_per_piece
 from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement
+from .progress import progress_bars_on_terminals_only
 from .recipe import EvaluationRecipe
 from .runtime import modeling_flexformer
 from .runtime.attention import attention_weights, count_guards
 from .runtime.configuration_flexformer import FlexformerConfigMixin
-from .sources import load_model, load_tokenizer, progress_bars_on_terminals_only, resolve_model
+from .sources import load_model, load_tokenizer, resolve_model
 
 # attention maps are compared on this many sequences: a map is quadratic in their length
 _ATTENTION_SEQUENCES = 2

@@ -9,15 +9,19 @@ import uuid
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 from .conversion import max_positions
+from .data import dataset_name
 from .distill.stage import feature_maps
 from .errors import FlexdistillError
+from .progress import progress_bars_on_terminals_only
 from .recipe import Recipe
 from .runtime.linear_attention import CHUNK
-from .sources import ModelSource, progress_bars_on_terminals_only
+from .runtime.modeling_flexformer import MODEL_TAGS
+from .sources import ModelSource, load_card
 
 
 def working_folder(output: Path) -> Path:
@@ -81,26 +85,19 @@ def export(
 
 def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metrics: dict) -> str:
     """The README.md of an exported model."""
-    front = ["library_name: transformers", "tags: [flexformer, linear-attention, flexdistill]"]
-    front.append(f"pipeline_tag: {'text-generation' if model.can_generate() else 'fill-mask'}")
-    if source.hub_id:
-        front.append(f"base_model: {source.hub_id}")
-    # the licence of the base model binds its conversion too, and only its owner can state it
-    front += ["license: other", "license_name: same-as-base-model"]
     auto = type(model)._auto_class
     kernel = recipe.kernel
     training_s = sum(stage["elapsed_s"] for stage in metrics["stages"])
-    evaluated_on = recipe.evaluation.source or f"{recipe.data.source} (held out)"
     paper = next(iter(feature_maps(model).values())).paper
     name = " ".join(filter(None, (kernel.variant, kernel.component, kernel.matrix)))
     window = f", softmax window of {kernel.window} tokens" if kernel.window else ", no softmax window"
     return "\n".join(
         [
             "---",
-            *front,
+            _front_matter(model, source, recipe, metrics).to_yaml(),
             "---",
             "",
-            f"# {source.name.removeprefix('package:')} with linear attention",
+            f"# {_title(source)}",
             "",
             f"Converted from `{source.name}` by flexdistill: softmax attention became linear attention",
             f"({paper}), whose state has a constant size.",
@@ -109,7 +106,7 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
             "## Results",
             "",
-            f"On {metrics['evaluated_tokens']:,} tokens of `{evaluated_on}`.",
+            f"On {metrics['evaluated_tokens']:,} tokens of `{_evaluated_on(recipe)}`.",
             "",
             "| model | perplexity | KL to teacher | same top-1 token |",
             "|---|---|---|---|",
@@ -123,8 +120,9 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             f"from transformers import {auto}, AutoTokenizer",
             "",
             "# `import flexdistill` beforehand makes trust_remote_code unnecessary",
-            f'model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)',
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)',
+            'name = "path/to/this/folder"  # or the name of its repository on the Hub',
+            f"model = {auto}.from_pretrained(name, trust_remote_code=True)",
+            "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
             "```",
             "",
             "## Recipe",
@@ -135,6 +133,55 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
         ]
     )
+
+
+def _front_matter(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metrics: dict) -> ModelCardData:
+    base = load_card(source)
+    # the licence of the base model binds its conversion too, and only its owner can state it
+    licence = (base.license, base.license_name) if base.license else ("other", "same-as-base-model")
+    task = "text-generation" if model.can_generate() else "fill-mask"
+    text = recipe.evaluation if recipe.evaluation.source else recipe.data
+    sources = [section.source for section in (recipe.data, recipe.evaluation) if section.source]
+    student = metrics["student"]
+    figures = {
+        "perplexity": ("Perplexity", student["perplexity"]),
+        "kl_divergence": ("KL divergence from the base model, nats per token", student["kl"]),
+        "accuracy": ("Same most likely token as the base model", student["top1_agreement"]),
+    }
+    return ModelCardData(
+        base_model=source.hub_id,
+        datasets=sorted(set(filter(None, map(dataset_name, sources)))) or None,
+        language=base.language,
+        library_name="transformers",
+        license=licence[0],
+        license_name=licence[1],
+        license_link=base.license_link if "://" in (base.license_link or "") else None,  # others are in its repository
+        pipeline_tag=task,
+        tags=[*MODEL_TAGS, "flexdistill"],
+        model_name=_title(source),
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=dataset_name(text.source) or "text",
+                dataset_name=_evaluated_on(recipe),
+                dataset_config=text.config,
+                dataset_split=text.split,
+                metric_type=metric,
+                metric_name=name,
+                metric_value=value,
+            )
+            for metric, (name, value) in figures.items()
+            if value is not None
+        ],
+    )
+
+
+def _title(source: ModelSource) -> str:
+    return f"{source.name.removeprefix('package:')} with linear attention"
+
+
+def _evaluated_on(recipe: Recipe) -> str:
+    return recipe.evaluation.source or f"{recipe.data.source} (held out)"
 
 
 def _kept_softmax(kl_gains: dict[str, float]) -> list[str]:

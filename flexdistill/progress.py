@@ -1,13 +1,15 @@
-"""The progress bar of a training stage: on a terminal only, so that logs and pipes stay readable."""
+"""Progress bars: on a terminal only, so that logs and pipes stay readable."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm.std import tqdm
 
 
 @contextmanager
@@ -40,3 +42,15 @@ def stage_progress(
             progress.update(task, completed=step, figures=shown)
 
         yield update
+
+
+@contextmanager
+def progress_bars_on_terminals_only() -> Iterator[None]:
+    """tqdm's bars show inside the context only if stderr is a terminal."""
+    # transformers' own switch misses the GGUF reader, which calls tqdm itself
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=None)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original

@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partialmethod
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.constants import HF_HOME
-from tqdm.std import tqdm
+from huggingface_hub.errors import HTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,8 +24,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from yaml import YAMLError
 
-from .errors import FlexdistillError
+from .errors import FlexdistillError, first_sentence
+from .progress import progress_bars_on_terminals_only
 from .runtime.configuration_flexformer import MODEL_TYPE
 
 PACKAGE_PREFIX = "package:"
@@ -159,6 +161,16 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     return tokenizer
 
 
+def load_card(source: ModelSource) -> ModelCardData:
+    """What the README.md of a model states about it; empty where there is none, or none that can be read or reached."""
+    folder = Path(source.path_or_id)
+    try:
+        readme = folder / "README.md" if folder.is_dir() else hf_hub_download(source.path_or_id, "README.md")
+        return ModelCard.load(readme, ignore_metadata_errors=True).data
+    except (OSError, HTTPError, ValueError, YAMLError):
+        return ModelCardData()
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Checks that every token id has an input embedding.
 
@@ -270,25 +282,12 @@ def _unquantized(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.
 
 
 @contextmanager
-def progress_bars_on_terminals_only() -> Iterator[None]:
-    """tqdm's bars show inside the context only if stderr is a terminal."""
-    # transformers' own switch misses the GGUF reader, which calls tqdm itself
-    original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, disable=None)
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original
-
-
-@contextmanager
 def _explained(source: ModelSource, what: str = "Model ") -> Iterator[None]:
     try:
         yield
     except FlexdistillError:
         raise
     except Exception as error:  # readers of foreign files let errors of any type through
-        reason = re.split(r"[.:]?\s*\n|\. |[.:]$", str(error).strip())[0] or type(error).__name__
         if "trust_remote_code" in str(error):
             remedy = "read the code that it ships and set trust_remote_code if you trust it"
         elif source.gguf_file:
@@ -300,4 +299,5 @@ def _explained(source: ModelSource, what: str = "Model ") -> Iterator[None]:
                 "check the Hub id, that it has safetensors weights, the network and, if it is gated, HF_TOKEN, or give "
                 f"a local folder, a .gguf file or {PACKAGE_PREFIX}NAME"
             )
+        reason = first_sentence(error)
         raise FlexdistillError(f"{what}{source.name!r} cannot be loaded ({reason}); {remedy}.") from error

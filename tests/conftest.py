@@ -1,4 +1,6 @@
 import os
+import sys
+from types import SimpleNamespace
 
 # before any import of transformers, datasets or tokenizers, which read them once
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,9 +15,30 @@ if not torch.cuda.is_available():
     # kernels read it when they are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from flexdistill.cli import main
 from tests import tiny
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return tiny.tiny_tokenizer()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs the command line in an empty folder; gives its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEXDISTILL_DEBUG", "0")
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flexdistill", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+
+    return run

@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from flexdistill import pipeline, report
-from flexdistill.cli import main
 from flexdistill.progress import stage_progress
 from flexdistill.recipe import Recipe, shipped_recipes
 from flexdistill.runtime.registry import kernels
@@ -41,26 +40,6 @@ SHORT = [
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs the command line in an empty folder; gives its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FLEXDISTILL_DEBUG", "0")
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flexdistill", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
-
-    return run
-
-
-@pytest.fixture
 def converted(monkeypatch):
     """Replaces the conversion; holds what it was called with."""
     call = SimpleNamespace()
@@ -81,7 +60,9 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "evaluate", "compare", "generate", "variants", "recipes"])
+@pytest.mark.parametrize(
+    "command", ["convert", "inspect", "evaluate", "compare", "generate", "push", "variants", "recipes"]
+)
 def test_help(run, command):
     assert command in run("--help").out
     result = run(command, "--help")

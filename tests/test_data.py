@@ -9,7 +9,7 @@ import torch
 import zstandard
 
 from flexdistill import data
-from flexdistill.data import SAMPLE, pack, read_documents, split_held_out, train_order
+from flexdistill.data import SAMPLE, dataset_name, pack, read_documents, split_held_out, train_order
 from flexdistill.errors import FlexdistillError
 from flexdistill.recipe import DataRecipe, EvaluationRecipe
 
@@ -250,3 +250,10 @@ def test_held_out_rows_are_the_first():
     assert torch.equal(torch.cat([held_out, train]), sequences) and len(held_out) == 3
     with pytest.raises(FlexdistillError, match="gives 10 sequences and 10 are held out"):
         split_held_out(sequences, 10)
+
+
+def test_dataset_name(tmp_path):
+    (tmp_path / "text.txt").write_text("text")
+    assert dataset_name("Salesforce/wikitext") == "Salesforce/wikitext"
+    for local in ("sample", str(tmp_path), str(tmp_path / "text.txt"), str(tmp_path / "gone.txt")):
+        assert dataset_name(local) is None

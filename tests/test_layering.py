@@ -23,7 +23,7 @@ LAYERS = [
     {"recipe", "runtime", "progress", "losses"},
     {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
     {"attention_search", "conversion", "distill"},
-    {"evaluation", "export", "report", "scoring"},
+    {"evaluation", "export", "hub", "report", "scoring"},
     {"pipeline", "positions", "recall"},
     {"comparison", "ranking"},
     {"api"},

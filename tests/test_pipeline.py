@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertModel
 
@@ -152,6 +153,10 @@ def test_recipe_and_card(results, sources, name):
     assert card.startswith("---\nlibrary_name: transformers\n") and recipe.to_yaml().strip() in card
     assert ("fill-mask" if name == "bert" else "text-generation") in card
     assert f"{AUTO[name].__name__}.from_pretrained" in card
+    front = ModelCard(card).data
+    assert (front.base_model, front.license, front.license_name) == (None, "other", "same-as-base-model")
+    assert [result.metric_type for result in front.eval_results][-2:] == ["kl_divergence", "accuracy"]
+    assert len(front.eval_results) == (2 if name == "bert" else 3)
     perplexity = "" if name == "bert" else f"{metrics['student']['perplexity']:.2f}"
     assert f"| student | {perplexity} | {metrics['student']['kl']:.4f} |" in card
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertModel
 
 from flexdistill.errors import FlexdistillError
-from flexdistill.sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
+from flexdistill.sources import ModelSource, check_vocabulary, load_card, load_model, load_tokenizer, resolve_model
 from tests.tiny import save_tiny, tiny_bert, tiny_gpt2, tiny_llama
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bert": tiny_bert}
@@ -281,3 +281,23 @@ def test_no_progress_bars_without_a_terminal(write_gguf):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "it/s]" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\nmodel-index: damaged\n---\n", "mit"),
+        ("no front matter", None),
+        ("---\nlicense: [\n---\n", None),
+        ("---\n- a list\n---\n", None),
+        (None, None),
+    ],
+)
+def test_card(tmp_path, card, licence):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert load_card(ModelSource("model", str(tmp_path))).license == licence
+
+
+def test_card_out_of_reach():
+    assert load_card(ModelSource("user/absent", "user/absent", hub_id="user/absent")).license is None

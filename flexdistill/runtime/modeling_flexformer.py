@@ -19,6 +19,7 @@ from .interface import IMPLEMENTATION, NAME, find_cache_layer
 from .registry import build_feature_map
 
 _PREFIX = "Flexformer"
+MODEL_TAGS = ("flexformer", "linear-attention")  # of the model card that push_to_hub writes
 _classes: dict[str, type] = {}
 
 
@@ -61,6 +62,7 @@ class FlexformerMixin:
                 module.__class__ = flexformer_class(type(module))
         self.set_attn_implementation(IMPLEMENTATION)
         self.register_forward_pre_hook(_unpacked_while_tracing, with_kwargs=True)
+        self.add_model_tags(list(MODEL_TAGS))
 
     @torch.no_grad()
     def _init_weights(self, module):
