@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -48,6 +46,7 @@ from .cli_options import (
     source_settings,
     training_option,
 )
+from .cli_output import is_main_process, print_json, show_metrics, show_plan, show_positions
 from .errors import FlexdistillError
 
 app = typer.Typer(
@@ -117,18 +116,18 @@ def convert(
         raise typer.BadParameter("--private is for --push-to-hub.")
     resolved = make_recipe(context.params)
     if dry_run:
-        _show_plan(resolved, as_json)
+        show_plan(resolved, as_json)
         return
     from .pipeline import convert as run
 
     output = output or default_output(model)
-    pushes = push_to_hub is not None and _is_main_process()
+    pushes = push_to_hub is not None and is_main_process()
     if pushes:
         from . import hub
 
         hub.check_owner(push_to_hub)  # before hours of training
     metrics = run(resolved, output, overwrite=overwrite, resume=resume)
-    _show_metrics(metrics, model, as_json)
+    show_metrics(metrics, model, as_json)
     if pushes:
         print(f"Pushed to {hub.push(output, push_to_hub, private=private)}", file=sys.stderr)
 
@@ -169,15 +168,15 @@ def inspect(
         unused = next((name for name in training if context.params[name] is not None), None)
         if unused:
             raise typer.BadParameter(f"--{unused.replace('_', '-')} is for --rank-layers; nothing is trained without.")
-        _show_plan(resolved, as_json)
+        show_plan(resolved, as_json)
         return
     from .ranking import rank_layers as run
     from .tables import print_ranking
 
     ranking = run(resolved)
     if as_json:
-        _print_json(ranking)
-    elif _is_main_process():
+        print_json(ranking)
+    elif is_main_process():
         print_ranking(ranking)
 
 
@@ -207,11 +206,11 @@ def evaluate(
     if by_position:
         from .positions import evaluate_by_position
 
-        _show_positions(evaluate_by_position(directory, teacher, evaluation), as_json)
+        show_positions(evaluate_by_position(directory, teacher, evaluation), as_json)
         return
     from .evaluation import evaluate_checkpoint
 
-    _show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
+    show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
 
 
 @app.command()
@@ -261,10 +260,10 @@ def compare(
         resume=resume,
     )
     if as_json:
-        _print_json(comparison)
-    elif _is_main_process():
+        print_json(comparison)
+    elif is_main_process():
         print_table(*comparison_table(comparison), title=model)
-    if _is_main_process() and not has_matplotlib():
+    if is_main_process() and not has_matplotlib():
         print("There are no plots, which need matplotlib: pip install 'flexdistill[plots]'.", file=sys.stderr)
 
 
@@ -283,10 +282,12 @@ def generate(
     if temperature == 0 and (top_p is not None or seed is not None):
         raise typer.BadParameter("--top-p and --seed need a --temperature above 0.")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-    generation = _generate(directory, prompt, seed, max_new_tokens=max_new_tokens, **sampling)
+    from .generation import generate as run
+
+    generation = run(directory, prompt, seed=seed, max_new_tokens=max_new_tokens, **sampling)
     if as_json:
-        _print_json(generation)
-    elif _is_main_process():
+        print_json(generation)
+    elif is_main_process():
         from .tables import format_bytes
 
         print(generation["text"])
@@ -320,7 +321,7 @@ def variants(as_json: Json = False) -> None:
         row = dict(variant=variant, component=component, signed=kernel.signed, causal=kernel.causal_safe)
         rows.append(row | dict(tied=kernel.tied_by_default, paper=kernel.paper, matrices=list(kernel.matrices)))
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         from .tables import print_table
 
@@ -340,7 +341,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
     for known in [name] if name else shipped_recipes():
         Recipe.load(known)
         text = (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8")
-        print(text if name else f"{known:10} {text.splitlines()[0].removeprefix('# ')}", end="" if name else "\n")
+        print(text if name else f"{known:12} {text.splitlines()[0].removeprefix('# ')}", end="" if name else "\n")
 
 
 def main() -> None:
@@ -354,83 +355,3 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _generate(directory: str, prompt: str, seed: int | None, **settings: Any) -> dict[str, Any]:
-    import torch
-    from transformers import set_seed
-
-    from .conversion import max_positions
-    from .evaluation import load_converted
-    from .runtime.cache import cache_num_bytes
-    from .sources import load_tokenizer, resolve_model
-
-    tokenizer = load_tokenizer(resolve_model(directory))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    if not inputs["input_ids"].numel():
-        raise FlexdistillError("The prompt has no tokens; give some text to continue.")
-    model = load_converted(directory).to(device)
-    if not all(kernel.causal for kernel in model.config.kernel_specs.values()):
-        raise FlexdistillError(f"{directory} attends in both directions, so it cannot generate; give a causal model.")
-    if seed is not None:
-        set_seed(seed)
-    start = time.perf_counter()
-    try:
-        output = model.generate(**inputs, **settings, return_dict_in_generate=True)
-    except IndexError as error:  # learned position embeddings end; rotary ones do not
-        raise FlexdistillError(
-            f"Prompt and new tokens are longer than the model's {max_positions(model)} positions; "
-            "shorten the prompt or set a smaller --max-new-tokens."
-        ) from error
-    elapsed_s = time.perf_counter() - start
-    (tokens,) = output.sequences
-    return {
-        "text": tokenizer.decode(tokens, skip_special_tokens=True),
-        "new_tokens": (new_tokens := len(tokens) - inputs["input_ids"].shape[1]),
-        "elapsed_s": elapsed_s,
-        "tokens_per_s": new_tokens / elapsed_s,
-        "state_bytes": cache_num_bytes(output.past_key_values),
-    }
-
-
-def _show_plan(recipe: Any, as_json: bool) -> None:
-    from .conversion import make_plan, resolve_kernel
-    from .sources import load_model, resolve_model
-
-    kernel = resolve_kernel(recipe.kernel)  # a misspelt variant is told before a large model is read
-    model = load_model(resolve_model(recipe.model), trust_remote_code=recipe.trust_remote_code)
-    plan = make_plan(model, kernel)
-    if as_json:
-        _print_json(plan.to_dict())
-    elif _is_main_process():
-        from .tables import print_plan
-
-        print_plan(plan)
-
-
-def _show_metrics(metrics: dict[str, Any], title: str, as_json: bool) -> None:
-    if as_json:
-        _print_json(metrics)
-    elif _is_main_process():
-        from .tables import print_metrics
-
-        print_metrics(metrics, title)
-
-
-def _show_positions(spans: dict[str, list[dict]], as_json: bool) -> None:
-    if as_json:
-        _print_json(spans)
-    elif _is_main_process():
-        from .tables import positions_table, print_table
-
-        print_table(*positions_table(spans))
-
-
-def _print_json(value: Any) -> None:
-    if _is_main_process():
-        print(json.dumps(value, indent=2))
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"

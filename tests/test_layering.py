@@ -24,10 +24,10 @@ LAYERS = [
     {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
     {"attention_search", "conversion", "distill"},
     {"evaluation", "export", "hub", "report", "scoring"},
-    {"pipeline", "positions", "recall"},
+    {"generation", "pipeline", "positions", "recall"},
     {"comparison", "ranking"},
     {"api"},
-    {"cli", "cli_options"},
+    {"cli", "cli_options", "cli_output"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,58 @@
+"""Text from a converted model, and what it took."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from .conversion import max_positions
+from .errors import FlexdistillError
+from .evaluation import load_converted
+from .runtime.cache import cache_num_bytes
+from .sources import load_tokenizer, resolve_model
+
+
+def generate(directory: str, prompt: str, *, seed: int | None = None, **settings: Any) -> dict[str, Any]:
+    """Continues `prompt` with a converted model.
+
+    Args:
+        directory: folder or Hub id of the model.
+        seed: fixes what is sampled.
+        settings: what transformers' `generate` takes.
+
+    Returns:
+        `text` with the prompt, `new_tokens`, `elapsed_s`, `tokens_per_s`, and `state_bytes` of the cache at the end.
+
+    Raises:
+        FlexdistillError: for a prompt without tokens, a bidirectional model, or more tokens than it has positions for.
+    """
+    tokenizer = load_tokenizer(resolve_model(directory))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    if not inputs["input_ids"].numel():
+        raise FlexdistillError("The prompt has no tokens; give some text to continue.")
+    model = load_converted(directory).to(device)
+    if not all(kernel.causal for kernel in model.config.kernel_specs.values()):
+        raise FlexdistillError(f"{directory} attends in both directions, so it cannot generate; give a causal model.")
+    if seed is not None:
+        set_seed(seed)
+    start = time.perf_counter()
+    try:
+        output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+    except IndexError as error:  # learned position embeddings end; rotary ones do not
+        raise FlexdistillError(
+            f"Prompt and new tokens are longer than the model's {max_positions(model)} positions; "
+            "shorten the prompt or set a smaller --max-new-tokens."
+        ) from error
+    elapsed_s = time.perf_counter() - start
+    (tokens,) = output.sequences
+    return {
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "new_tokens": (new_tokens := len(tokens) - inputs["input_ids"].shape[1]),
+        "elapsed_s": elapsed_s,
+        "tokens_per_s": new_tokens / elapsed_s,
+        "state_bytes": cache_num_bytes(output.past_key_values),
+    }
