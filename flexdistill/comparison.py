@@ -24,19 +24,8 @@ from .distill.checkpoints import Checkpoints
 from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
 from .export import check_output, export
-from .pipeline import (
-    STAGES,
-    Sequences,
-    check_lengths,
-    check_trainable,
-    input_hashes,
-    load_sequences,
-    load_source,
-    plan_facts,
-    run_facts,
-    run_stages,
-    write_json,
-)
+from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
+from .pipeline import STAGES, plan_facts, run_facts, run_stages, write_json
 from .recipe import KernelRecipe, Recipe
 from .report import has_matplotlib, plot_comparison
 from .tables import comparison_table, markdown_table

@@ -5,27 +5,24 @@ recipe -> teacher -> plan -> converted student -> attention transfer -> logit di
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from .conversion import Plan, apply_plan, check_sequence_length, make_plan, resolve_kernel, restore_softmax
-from .data import pack, read_documents, split_held_out, train_order
+from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_softmax
+from .data import train_order
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.checkpoints import Checkpoint, Checkpoints
-from .distill.heads import SplitModel
 from .distill.layer_selection import choose_layers
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
@@ -34,24 +31,14 @@ from .distill.stage import kernel_parameters
 from .errors import FlexdistillError, disk_errors
 from .evaluation import compare_models
 from .export import check_output, export, working_folder
+from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
 from .progress import stage_progress
 from .recipe import Recipe, StageRecipe
-from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
+from .sources import load_model
 
 STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
 # sequences that kernels take their constants from
 MEASURED_SEQUENCES = 8
-# enough to tell layers apart: the same tokens are compared with each of them
-SELECTION_SEQUENCES = 8
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Token ids of a run, int64."""
-
-    training: torch.Tensor  # (N, T)
-    evaluation: torch.Tensor  # (M, T')
-    selection: torch.Tensor  # (S, T): training text that is held out to choose layers on
 
 
 def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resume: bool = False) -> dict:
@@ -103,18 +90,6 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return metrics
-
-
-def load_source(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase, PreTrainedModel]:
-    """The model that a recipe names, on CPU and not converted, with its tokenizer; its head is known to be there."""
-    if recipe.model is None:
-        raise FlexdistillError("The recipe names no model; set model, or name one on the command line.")
-    source = resolve_model(recipe.model)
-    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
-    model = load_model(source, trust_remote_code=recipe.trust_remote_code)
-    check_vocabulary(model, tokenizer)
-    SplitModel(model)  # a model without a language-modelling head is told before it is trained
-    return source, tokenizer, model
 
 
 def run_stages(
@@ -207,54 +182,6 @@ def run_stages(
     return summaries
 
 
-def check_lengths(recipe: Recipe) -> None:
-    """Raises FlexdistillError if the window covers the training sequences, or they go beyond the kernel's horizon."""
-    kernel, length = recipe.kernel, recipe.data.sequence_length
-    if kernel.window >= length:
-        raise FlexdistillError(
-            f"A window of {kernel.window} tokens covers sequences of {length}, so the kernel would never be used; set "
-            "a smaller --window or a larger --sequence-length."
-        )
-    longest = max(length, recipe.evaluation.sequence_length or 0)
-    if kernel.horizon is not None and longest > kernel.horizon:
-        raise FlexdistillError(
-            f"Sequences of {longest} tokens are longer than the kernel's horizon of {kernel.horizon}; set a larger "
-            "kernel.horizon or a smaller --sequence-length."
-        )
-
-
-def check_trainable(recipe: Recipe, plan: Plan) -> None:
-    """Raises FlexdistillError if the kernels alone are to be trained and have no parameters."""
-    logits = recipe.logit_distillation
-    if not plan.parameters and logits.steps and logits.train == "kernels":
-        raise FlexdistillError(
-            f"Variant {recipe.kernel.variant!r} has no parameters, so train: kernels has nothing to train; set "
-            "logit_distillation.train to full or lora, or its steps to 0."
-        )
-
-
-def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequences:
-    """Reads no more text than the run needs."""
-    data, evaluation = recipe.data, recipe.evaluation
-    length = evaluation.sequence_length or data.sequence_length
-    for checked in (data.sequence_length, length):
-        check_sequence_length(model, checked)
-    if evaluation.source is None and length != data.sequence_length:
-        raise FlexdistillError(
-            "evaluation.sequence_length differs from data.sequence_length, but held-out sequences are cut like the "
-            "training data; set evaluation.source, or remove evaluation.sequence_length."
-        )
-    needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
-    evaluated = evaluation.sequences if evaluation.source is None else 0
-    held_out = evaluated + (SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0)
-    rows = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + held_out)
-    training, rows = split_held_out(rows, held_out)
-    selection = rows[evaluated:]
-    if evaluation.source is not None:
-        return Sequences(training, pack(read_documents(evaluation), tokenizer, length, evaluation.sequences), selection)
-    return Sequences(training, rows[:evaluated], selection)
-
-
 def _prepare_work(
     work: Path, recipe: Recipe, hashes: dict[str, str], resume: bool, accelerator: Accelerator
 ) -> Checkpoint | None:
@@ -280,21 +207,6 @@ def _prepare_work(
         settings.write_text(recipe.to_yaml())
     accelerator.wait_for_everyone()
     return checkpoint
-
-
-def input_hashes(model: PreTrainedModel, sequences: Sequences) -> dict[str, str]:
-    """SHA-256 of all that a run reads, by what it is."""
-    data = {"training": sequences.training, "selection": sequences.selection}
-    inputs = {"model": model.state_dict(), "data": data, "evaluation data": {"": sequences.evaluation}}
-    return {name: _sha256(tensors) for name, tensors in inputs.items()}
-
-
-def _sha256(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -11,7 +11,8 @@ from .conversion import apply_plan, make_plan
 from .devices import make_accelerator
 from .distill.checkpoints import Checkpoints
 from .distill.layer_selection import choose_layers, kl_with_softmax_in
-from .pipeline import check_lengths, load_sequences, load_source, run_stages
+from .inputs import check_lengths, load_sequences, load_source
+from .pipeline import run_stages
 from .recipe import Recipe
 
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"recipe", "runtime", "progress", "losses"},
     {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
     {"attention_search", "conversion", "distill"},
-    {"evaluation", "export", "hub", "report", "scoring"},
+    {"evaluation", "export", "hub", "inputs", "report", "scoring"},
     {"generation", "pipeline", "positions", "recall"},
     {"comparison", "ranking"},
     {"api"},

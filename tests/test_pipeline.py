@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 import flexdistill.runtime
 from flexdistill import export as export_module
-from flexdistill import pipeline
+from flexdistill import inputs, pipeline
 from flexdistill.conversion import make_plan
 from flexdistill.distill import loop
 from flexdistill.distill.stage import feature_maps, kernel_parameters
@@ -607,13 +607,13 @@ def test_layers_stay_softmax(sources, tmp_path, name, logit_steps):
 
 
 def test_layers_are_chosen_on_text_of_their_own(sources):
-    source, tokenizer, model = pipeline.load_source(make_recipe(sources))
-    sequences = pipeline.load_sequences(make_recipe(sources, **{"kernel.keep_softmax": 1}), model, tokenizer)
+    source, tokenizer, model = inputs.load_source(make_recipe(sources))
+    sequences = inputs.load_sequences(make_recipe(sources, **{"kernel.keep_softmax": 1}), model, tokenizer)
     rows = [{tuple(row) for row in part.tolist()} for part in vars(sequences).values()]
-    assert [len(part) for part in rows] == [16, 4, pipeline.SELECTION_SEQUENCES]
+    assert [len(part) for part in rows] == [16, 4, inputs.SELECTION_SEQUENCES]
     assert len(set().union(*rows)) == sum(map(len, rows))
     text = {"evaluation.source": str(sources / "text.txt"), "evaluation.sequence_length": 24}
-    other = pipeline.load_sequences(make_recipe(sources, **{"kernel.keep_softmax": 1} | text), model, tokenizer)
-    assert [len(part) for part in vars(other).values()] == [16, 4, pipeline.SELECTION_SEQUENCES]
-    none = pipeline.load_sequences(make_recipe(sources), model, tokenizer)
+    other = inputs.load_sequences(make_recipe(sources, **{"kernel.keep_softmax": 1} | text), model, tokenizer)
+    assert [len(part) for part in vars(other).values()] == [16, 4, inputs.SELECTION_SEQUENCES]
+    none = inputs.load_sequences(make_recipe(sources), model, tokenizer)
     assert [len(part) for part in vars(none).values()] == [16, 4, 0]
