@@ -105,16 +105,15 @@ def attention_op(
             window_forward_kernel, shape, settings, shape.length, (query, key, value, near),
             (visible, q_w1 if first is None else first, near, near_lse), scaling, past, window,
         )  # fmt: skip
-    blocks = shape.blocks("outputs")
     flags = torch.empty(shape.batch * shape.heads, shape.segments, dtype=torch.int32, device=query.device)
     for exact in (False, True) if causal else (False,):
-        outputs_kernel[(shape.segments, shape.batch * shape.heads, shape.slices(blocks))](
+        outputs_kernel[(shape.segments, shape.batch * shape.heads, shape.slices)](
             query, key, value, visible, *map_tensors(q_w1, q_w2, q_amplitude, q_norm_factor), *k_map, gate,
             values, norms, maximum, *initial, *finals, near, near_lse, output, *rows, flags, table,
             *token_strides(query, key, value, output), shape.heads, shape.state_heads, shape.kv_heads, shape.length,
             shape.keys, shape.segment_length, shape.records, shape.delay, shape.size, shape.value_size,
             shape.frequencies, scale, guard_of(q_amplitude), CAUSAL=causal, WINDOW=window > 0, FINAL=final, EXACT=exact,
-            **shape.sizes(blocks), **states_settings,
+            **shape.sizes, **states_settings,
         )  # fmt: skip
     return output, *rows, flags, *finals
 

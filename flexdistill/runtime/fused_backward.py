@@ -40,7 +40,7 @@ def _map_gradients(x, x_map, d_features, scale, settings, parts: bool):
     spans = -(-length // span)
     d_x = torch.empty(batch, heads, length, size, dtype=torch.float32 if parts else x.dtype, device=x.device)
     d_map = floats(x, batch, heads, spans, 2 * size * frequencies + 2 * frequencies + 2)
-    blocks = blocks_of("map_gradient", size, frequencies, x.dtype)
+    blocks = blocks_of(x.dtype)
     map_gradient_kernel[(spans, batch * heads)](
         x, *x_map, d_features, d_x, d_map, *token_strides(x), heads, w1.shape[0], x.shape[1], length,
         d_features.stride(0), slices, span, size, frequencies, scale,
@@ -58,12 +58,11 @@ def _query_states(shape, query, q_map, rows, table, scale, guard, flags):
     values, norms = floats(query, pairs, records, size), floats(query, pairs, records)
     if records:
         maximum = torch.empty_like(norms)
-        blocks = shape.blocks("query_states")
         flags = {name: flag for name, flag in flags.items() if name != "MASKED"}
-        query_states_kernel[(records, pairs, shape.slices(blocks))](
+        query_states_kernel[(records, pairs, shape.slices)](
             query, *q_map[:3], *rows, values, norms, maximum, table, *token_strides(query, rows[-1]), shape.heads,
             shape.length, shape.segment_length, records, shape.size, shape.value_size, shape.frequencies, scale, guard,
-            **shape.sizes(blocks), **flags,
+            **shape.sizes, **flags,
         )  # fmt: skip
         if records > 1:
             scan(values, norms, maximum, maximum, table, reverse=True, packed=flags["PACKED"])
@@ -125,8 +124,7 @@ def attention_backward_op(
     variants = (False, True) if causal else (False,)
     new = torch.zeros if window else torch.empty  # the last keys of a window never enter the state
 
-    blocks = shape.blocks("query_gradient")
-    slices = shape.slices(blocks)
+    slices = shape.slices
     # slices of values nearly cancel, so they are summed in float32
     working = torch.bfloat16 if slices == 1 and query.dtype != torch.float32 else torch.float32
     d_features = torch.empty(
@@ -136,34 +134,31 @@ def attention_backward_op(
     for exact in variants:
         query_gradient_kernel[(shape.segments, pairs, 2 * slices)](
             query, key, value, visible, *q_map[:3], *k_map, *states, *rows, d_features, row_flags, table, *strides,
-            *sizes, EXACT=exact, **shape.sizes(blocks), **flags,
+            *sizes, EXACT=exact, **shape.sizes, **flags,
         )  # fmt: skip
     # without a window a query's norm factor cancels
     q_factor = q_norm_factor if window else gate
     d_query, d_q_map = _map_gradients(query, (*q_map[:3], q_factor), d_features, scale, settings, window > 0)
 
     values, norms = _query_states(shape, query, q_map, rows, table, scale, guard, flags)
-    blocks = shape.blocks("key_gradient")
-    slices = shape.slices(blocks)
     d_features = new(
         slices, shape.batch, shape.heads, shape.keys, 2 * shape.frequencies, dtype=working, device=query.device
     )
     for exact in variants:
         key_gradient_kernel[(shape.segments, pairs, 2 * slices)](
             query, key, value, visible, *q_map[:3], *k_map, values, norms, *rows, d_features, row_flags, table,
-            *strides, *sizes, EXACT=exact, **shape.sizes(blocks), **flags,
+            *strides, *sizes, EXACT=exact, **shape.sizes, **flags,
         )  # fmt: skip
     # final in the inputs' dtype unless parts are yet to be summed
     parts = window > 0 or shape.heads > shape.kv_heads
     d_key, d_k_map = _map_gradients(key, k_map, d_features, 1.0, settings, parts)
 
-    blocks = shape.blocks("value_gradient")
     dtype = torch.float32 if parts else value.dtype
     d_value = new(shape.batch, shape.heads, shape.keys, shape.value_size, dtype=dtype, device=key.device)
     for exact in variants:
-        value_gradient_kernel[(shape.segments, pairs, shape.slices(blocks))](
+        value_gradient_kernel[(shape.segments, pairs, slices)](
             query, key, visible, *q_map[:3], *k_map, values, norms, row_reference, row_shift, d_output, d_value,
-            row_flags, table, *token_strides(query, key, d_output), *sizes[:-1], EXACT=exact, **shape.sizes(blocks),
+            row_flags, table, *token_strides(query, key, d_output), *sizes[:-1], EXACT=exact, **shape.sizes,
             **flags,
         )  # fmt: skip
     if window:

@@ -22,7 +22,7 @@ SHORTEST_SEGMENT = 256
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one job is cut: tokens per step, columns of values per program, warps, pipeline stages."""
+    """How all jobs of a call are cut: tokens per step, columns of values per program, warps, pipeline stages."""
 
     chunk: int = 64
     values: int = 64
@@ -70,10 +70,10 @@ class Shape:
         """Positions by which keys enter the state late."""
         return self.window - self.past
 
-    def blocks(self, job: str) -> Blocks:
-        return blocks_of(job, self.size, self.frequencies, self.dtype)
-
-    def sizes(self, blocks: Blocks) -> dict:
+    @property
+    def sizes(self) -> dict:
+        """What all kernels of a call are compiled for."""
+        blocks = blocks_of(self.dtype)
         return dict(
             BLOCK_D=power(self.size),
             BLOCK_N=power(self.frequencies),
@@ -84,11 +84,13 @@ class Shape:
             num_stages=blocks.stages,
         )
 
-    def slices(self, blocks: Blocks) -> int:
-        return triton.cdiv(self.value_size, min(blocks.values, power(self.value_size)))
+    @property
+    def slices(self) -> int:
+        """Programs that share the columns of the values."""
+        return triton.cdiv(self.value_size, self.sizes["BLOCK_V"])
 
 
-def blocks_of(job: str, size: int, frequencies: int, dtype: torch.dtype) -> Blocks:
+def blocks_of(dtype: torch.dtype) -> Blocks:
     # the rows of a chunk share one scale, so all jobs of a call must cut the same chunks
     if dtype == torch.float32:
         return Blocks(chunk=32, values=64, warps=8)
@@ -183,11 +185,10 @@ def key_states(shape: Shape, key, value, visible, k_map, initial, segments, sett
     values, norms = floats(key, pairs, records, size), floats(key, pairs, records)
     maximum, running = floats(key, pairs, records), floats(key, pairs, records)
     if records:
-        blocks = shape.blocks("states")
-        states_kernel[(records, pairs, shape.slices(blocks))](
+        states_kernel[(records, pairs, shape.slices)](
             key, value, visible, *k_map, *initial, values, norms, maximum, segments, *token_strides(key, value),
             shape.state_heads, shape.kv_heads, shape.length, shape.keys, shape.segment_length, records, shape.delay,
-            shape.size, shape.value_size, shape.frequencies, **shape.sizes(blocks), **settings,
+            shape.size, shape.value_size, shape.frequencies, **shape.sizes, **settings,
         )  # fmt: skip
         if records == 1:
             running = maximum
