@@ -38,10 +38,12 @@ def test_shapes_and_float32_whatever_the_input(variant, component, key_heads):
     assert features.query_log_scale.shape == (2, HEADS, 3)
     assert features.key.shape == (2, state_heads, 3, count)
     assert features.key_log_weight.shape == (2, state_heads, 3)
-    assert {getattr(features, field.name).dtype for field in dataclasses.fields(features)} == {torch.float32}
+    tensors = [getattr(features, field.name) for field in dataclasses.fields(features)]
+    assert {x.dtype for x in tensors if x is not None} == {torch.float32}
     exact = feature_map(query.float(), key.float())
     for field in dataclasses.fields(features):
-        torch.testing.assert_close(getattr(features, field.name), getattr(exact, field.name), rtol=0, atol=0)
+        if field.name != "decay":
+            torch.testing.assert_close(getattr(features, field.name), getattr(exact, field.name), rtol=0, atol=0)
 
 
 @every_kernel
