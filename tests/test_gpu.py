@@ -8,8 +8,9 @@ from flexdistill.recipe import Recipe
 from flexdistill.runtime.attention import attend
 from flexdistill.runtime.backend import VARIABLE
 from flexdistill.runtime.configuration_flexformer import KernelSpec
-from flexdistill.runtime.registry import build_feature_map, kernels
+from flexdistill.runtime.registry import build_feature_map
 
+from .runtime.kernels import every_causal_kernel, kernel_spec
 from .runtime.reference import reference_attention
 from .tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -21,12 +22,13 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("window", [0, 64])
-@pytest.mark.parametrize(("variant", "component"), kernels())
+@every_causal_kernel
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_attention_on_gpu_equals_cpu(variant, component, window, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     torch.manual_seed(0)
-    feature_map = build_feature_map(KernelSpec(variant, component, 8, 4, 64, 64, False, window=window))
+    sizes = dict(num_heads=8, num_key_value_heads=4, head_dim=64, num_frequencies=64)
+    feature_map = build_feature_map(kernel_spec(variant, component, window=window, **sizes))
     feature_map.reset_parameters()
     query, key, value = torch.randn(2, 8, 500, 64), torch.randn(2, 4, 500, 64), torch.randn(2, 4, 500, 64)
     visible = torch.ones(2, 500, dtype=torch.bool)

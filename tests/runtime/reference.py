@@ -68,10 +68,10 @@ def reference_attention(
         if spec.decay:
             decay = (5 * parameters["decay"]).sigmoid()
             decay = decay.repeat_interleave(heads // decay.shape[0], 0)
-        elapsed = (distance - spec.window).clamp_min(0)[:, None, :, None] * decay[:, None]
+        elapsed = (distance - spec.window).clamp_min(0)[..., None]
         log_scores = torch.stack(
             [
-                torch.logsumexp(logarithms[0][:, :, i, None] + logarithms[1] - elapsed[i], -1)
+                torch.logsumexp(logarithms[0][:, :, i, None] + logarithms[1] - elapsed[i] * decay[:, None], -1)
                 + factor * key.square().sum(-1)
                 for i in range(length)
             ],
