@@ -306,7 +306,9 @@ def test_decay_of_causal_layers(variant, decay, expected):
 def test_an_encoder_has_no_decay():
     plan = make_plan(tiny_bert(), KernelRecipe())
     assert {module.spec.decay for module in plan.converted} == {False}
-    with pytest.raises(FlexdistillError, match="in both directions here, which cannot decay; set kernel.decay to false"):
+    with pytest.raises(
+        FlexdistillError, match="in both directions here, which cannot decay; set kernel.decay to false"
+    ):
         make_plan(tiny_bert(), KernelRecipe(decay=True))
     with pytest.raises(FlexdistillError, match="has signed features, which cannot decay; set kernel.decay to false"):
         make_plan(tiny_llama(), KernelRecipe(component="trigonometric", decay=True))

@@ -71,7 +71,9 @@ SHAPES = [  # batch, heads, KV heads, length, size
 
 
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "size"), SHAPES)
-@pytest.mark.parametrize(("component", "decay"), [("hyperbolic", True), ("hyperbolic", False), ("trigonometric", False)])
+@pytest.mark.parametrize(
+    ("component", "decay"), [("hyperbolic", True), ("hyperbolic", False), ("trigonometric", False)]
+)
 @pytest.mark.parametrize(("window", "causal"), [(0, True), (64, True), (0, False)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 def test_fused_kernels_equal_float64(

@@ -122,8 +122,8 @@ def attention_op(
 
 @attention_op.register_fake
 def _(query, key, value, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor,
-      decay, gate, initial_values, initial_norms, initial_maximum, segments, first, causal, window, past, scale, scaling,
-      final):  # fmt: skip
+      decay, gate, initial_values, initial_norms, initial_maximum, segments, first, causal, window, past, scale,
+      scaling, final):  # fmt: skip
     batch, heads, length, _ = query.shape
     row = (batch, heads, length)
     pairs = (batch, k_w1.shape[0]) if final else (0, 0)

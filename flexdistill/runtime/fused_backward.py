@@ -62,7 +62,8 @@ def _query_states(shape, query, q_map, decay, rows, table, scale, guard, flags):
         flags = {name: flag for name, flag in flags.items() if name != "MASKED"}
         query_states_kernel[(records, pairs, shape.slices)](
             query, *q_map[:3], decay, *rows, values, norms, maximum, table, *token_strides(query, rows[-1]),
-            shape.heads, shape.state_heads, shape.length, shape.segment_length, records, shape.size, shape.value_size, shape.frequencies, scale, guard,
+            shape.heads, shape.state_heads, shape.length, shape.segment_length, records, shape.size, shape.value_size,
+            shape.frequencies, scale, guard,
             **shape.sizes, **flags,
         )  # fmt: skip
         if records > 1:

@@ -9,9 +9,9 @@ with w the keys' log-weights and m_i the largest w_j in sight, so that no expone
 `feature_maps`: queries' features (B, H, T, F), keys' features (B, S, T, F), values (B, S, T, D), S dividing H. A key
 that must not be seen (padding) has log-weight -inf and leaves numerator and denominator alike. Everything is float32.
 
-Features that decay count exp(-decay (i - j)) times. Within a chunk that is a factor of the query's features times one of
-the key's, both relative to the token before the chunk; no feature forgets faster than exp(-1) per token, so the factors
-of a chunk's 64 tokens are far from the ends of float32.
+Features that decay count exp(-decay (i - j)) times. Within a chunk that is a factor of the query's features times one
+of the key's, both relative to the token before the chunk; no feature forgets faster than exp(-1) per token, so the
+factors of a chunk's 64 tokens are far from the ends of float32.
 """
 
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ def quadratic_scores(
 
 
 def _decayed_products(query, key, decay, delay):
-    """sum_f query_if key_jf exp(-decay_f (i - j - delay)) (B, H, Tq, Tk) wherever i >= j + delay; elsewhere anything finite.
+    """sum_f query_if key_jf exp(-decay_f (i - j - delay)) (B, H, Tq, Tk) where i >= j + delay, else anything finite.
 
     Queries go by in chunks, so that their factors and those of all keys are relative to a token near by.
     """
@@ -236,7 +236,7 @@ def _kept(decay, count, chunk, length):
 
 
 def _summarise(key, log_weight, value, key_norm):
-    """Keys (..., T, F), log-weights (..., T), values (..., T, D + 1), norms (..., T) -> their maxima (...) and `State`."""
+    """Keys (..., T, F), log-weights (..., T), values (..., T, D + 1), norms (..., T) -> maxima (...) and `State`."""
     maximum = log_weight.detach().amax(-1)
     weight = (log_weight - _finite(maximum)[..., None]).exp()
     values = value.transpose(-1, -2) @ (key * weight[..., None])

@@ -3,9 +3,9 @@
 Everything exponential is in units of log 2, so that the hardware's exp2 serves. A feature map returns the two halves of
 a token's features apart: exp(+W1 x) and exp(-W1 x), or cosine and sine. Tokens are rows and frequencies columns.
 
-Features that decay are relative to the middle of their chunk: the queries' shrink and the keys' grow with their place in
-it, at most by exp(32). A state stands, while its program walks, as of the middle of the chunk, and in memory as of its
-last token; `forgotten` is what takes it from one to the other.
+Features that decay are relative to the middle of their chunk: the queries' shrink and the keys' grow with their place
+in it, at most by exp(32). A state stands, while its program walks, as of the middle of the chunk, and in memory as of
+its last token; `forget` takes it from one to the other.
 """
 
 try:
