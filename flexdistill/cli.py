@@ -18,6 +18,7 @@ from .cli_options import (
     Component,
     Data,
     Debug,
+    Decay,
     EvalData,
     Features,
     Json,
@@ -83,6 +84,7 @@ def convert(
     matrix: Matrix = None,
     features: Features = None,
     window: Window = None,
+    decay: Decay = None,
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
@@ -141,6 +143,7 @@ def inspect(
     matrix: Matrix = None,
     features: Features = None,
     window: Window = None,
+    decay: Decay = None,
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
@@ -319,7 +322,8 @@ def variants(as_json: Json = False) -> None:
     for variant, component in kernels():
         kernel = feature_map_class(variant, component)
         row = dict(variant=variant, component=component, signed=kernel.signed, causal=kernel.causal_safe)
-        rows.append(row | dict(tied=kernel.tied_by_default, paper=kernel.paper, matrices=list(kernel.matrices)))
+        row |= dict(tied=kernel.tied_by_default, decay=kernel.decays_by_default)
+        rows.append(row | dict(paper=kernel.paper, matrices=list(kernel.matrices)))
     if as_json:
         print_json(rows)
     else:

@@ -18,6 +18,7 @@ _KERNEL = (
     "matrix",
     "features",
     "window",
+    "decay",
     "tied",
     "key_heads",
     "layers",
@@ -61,6 +62,7 @@ Component = Annotated[str | None, kernel_option(help="Component function; `flexd
 Matrix = Annotated[str | None, kernel_option(help="Frequencies of spectraformer, such as orf.")]
 Features = Annotated[int | None, kernel_option(help="Frequencies n per head; a map has 2 n features.")]
 Window = Annotated[int | None, kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
+Decay = Annotated[bool | None, kernel_option("--decay/--no-decay", help="Features forget at learned rates, or never.")]
 Tied = Annotated[bool | None, kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
 KeyHeads = Annotated[str | None, kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
 Layers = Annotated[str | None, kernel_option(help="all, indices such as 0-5,9, every:4, or name patterns.")]

@@ -268,6 +268,9 @@ def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: s
         causal=call.causal,
         matrix=kernel.matrix,
         horizon=kernel.horizon,
+        decay=feature_map_class(kernel.variant, kernel.component).decays_by_default and call.causal
+        if kernel.decay is None
+        else kernel.decay,
     )
     try:
         with torch.device("meta"):

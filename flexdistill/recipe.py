@@ -35,6 +35,10 @@ class KernelRecipe(_Section):
     horizon: int | None = Field(
         None, ge=1, description="tokens after which cosFormer's kernel ends; None: the model's positions"
     )
+    decay: bool | None = Field(
+        None,
+        description="features of causal layers forget at learned rates; None: only where the variant's default says so",
+    )
     tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
     key_heads: Literal["query", "kv"] = Field(
         "query", description="a key map and a state per query head, or per KV head"
@@ -248,7 +252,7 @@ def shipped_recipes() -> list[str]:
 _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "data.source": (("config", "split", "column"), lambda source: True),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
-    "kernel.variant": (("component", "matrix", "horizon", "tied"), lambda variant: True),
+    "kernel.variant": (("component", "matrix", "horizon", "tied", "decay"), lambda variant: True),
     "logit_distillation.train": (("learning_rate",), lambda train: train == "kernels"),
 }
 

@@ -96,6 +96,8 @@ def test_variants(run):
         ("--variant spectraformer --matrix orf", "kernel.matrix", "orf"),
         ("--features 32", "kernel.features", 32),
         ("--window 0", "kernel.window", 0),
+        ("--decay", "kernel.decay", True),
+        ("--no-decay", "kernel.decay", False),
         ("--tied", "kernel.tied", True),
         ("--untied", "kernel.tied", False),
         ("--key-heads kv", "kernel.key_heads", "kv"),

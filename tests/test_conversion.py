@@ -289,6 +289,31 @@ def test_a_window_on_an_encoder_is_refused():
         make_plan(tiny_bert(), KernelRecipe(window=8))
 
 
+@pytest.mark.parametrize(("variant", "decay", "expected"), [
+    ("nonstationary", None, True),
+    ("nonstationary", False, False),
+    ("hedgehog", None, False),
+    ("hedgehog", True, True),
+])  # fmt: skip
+def test_decay_of_causal_layers(variant, decay, expected):
+    plan = make_plan(tiny_llama(), KernelRecipe(variant=variant, decay=decay))
+    assert {module.spec.decay for module in plan.modules} == {expected}
+    student = apply_plan(tiny_llama(), plan)
+    rates = [p for name, p in student.named_parameters() if name.endswith("flexformer.decay")]
+    assert len(rates) == (len(plan.modules) if expected else 0)
+
+
+def test_an_encoder_has_no_decay():
+    plan = make_plan(tiny_bert(), KernelRecipe())
+    assert {module.spec.decay for module in plan.converted} == {False}
+    with pytest.raises(
+        FlexdistillError, match="in both directions here, which cannot decay; set kernel.decay to false"
+    ):
+        make_plan(tiny_bert(), KernelRecipe(decay=True))
+    with pytest.raises(FlexdistillError, match="has signed features, which cannot decay; set kernel.decay to false"):
+        make_plan(tiny_llama(), KernelRecipe(component="trigonometric", decay=True))
+
+
 REFUSED = {
     "gpt_neo": lambda: GPTNeoForCausalLM(
         GPTNeoConfig(

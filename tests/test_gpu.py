@@ -8,8 +8,9 @@ from flexdistill.recipe import Recipe
 from flexdistill.runtime.attention import attend
 from flexdistill.runtime.backend import VARIABLE
 from flexdistill.runtime.configuration_flexformer import KernelSpec
-from flexdistill.runtime.registry import build_feature_map, kernels
+from flexdistill.runtime.registry import build_feature_map
 
+from .runtime.kernels import every_causal_kernel, kernel_spec
 from .runtime.reference import reference_attention
 from .tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -21,12 +22,13 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("window", [0, 64])
-@pytest.mark.parametrize(("variant", "component"), kernels())
+@every_causal_kernel
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_attention_on_gpu_equals_cpu(variant, component, window, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     torch.manual_seed(0)
-    feature_map = build_feature_map(KernelSpec(variant, component, 8, 4, 64, 64, False, window=window))
+    sizes = dict(num_heads=8, num_key_value_heads=4, head_dim=64, num_frequencies=64)
+    feature_map = build_feature_map(kernel_spec(variant, component, window=window, **sizes))
     feature_map.reset_parameters()
     query, key, value = torch.randn(2, 8, 500, 64), torch.randn(2, 4, 500, 64), torch.randn(2, 4, 500, 64)
     visible = torch.ones(2, 500, dtype=torch.bool)
@@ -69,17 +71,23 @@ SHAPES = [  # batch, heads, KV heads, length, size
 
 
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "size"), SHAPES)
-@pytest.mark.parametrize("component", ["hyperbolic", "trigonometric"])
+@pytest.mark.parametrize(
+    ("component", "decay"), [("hyperbolic", True), ("hyperbolic", False), ("trigonometric", False)]
+)
 @pytest.mark.parametrize(("window", "causal"), [(0, True), (64, True), (0, False)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 def test_fused_kernels_equal_float64(
-    batch, heads, kv_heads, length, size, component, window, causal, dtype, tolerance, monkeypatch
+    batch, heads, kv_heads, length, size, component, decay, window, causal, dtype, tolerance, monkeypatch
 ):
+    if decay and not causal:
+        pytest.skip("only causal features decay")
     if size > LARGEST_SIZE[dtype]:
         pytest.skip("too large for the fused kernels in this dtype")
     monkeypatch.setenv(VARIABLE, "triton")
     torch.manual_seed(0)
-    spec = KernelSpec("nonstationary", component, heads, kv_heads, size, size, False, window=window, causal=causal)
+    spec = KernelSpec(
+        "nonstationary", component, heads, kv_heads, size, size, False, window=window, causal=causal, decay=decay
+    )
     feature_map = build_feature_map(spec)
     feature_map.reset_parameters()
     with torch.no_grad():
@@ -105,18 +113,20 @@ def test_fused_kernels_equal_float64(
     scale = max(float(x.double().norm()) for x in wanted)
     if length == 1:  # one key has weight 1 whatever the kernel says, so only values have a gradient
         actual, wanted = actual[2:3], wanted[2:3]
-    for ours, theirs in zip(actual, wanted, strict=True):
+    names = ["query", "key", "value", *parameters]
+    for name, ours, theirs in zip(names, actual, wanted, strict=False):
         error = (ours.double() - theirs.double()).norm()
-        # norm factors and gates sum over all tokens with both signs
-        factor = 6 if theirs.ndim == 1 else 2
+        # norm factors and gates sum over all tokens with both signs, decays over all tokens times their positions
+        factor = 40 if name == "decay" else 6 if theirs.ndim == 1 else 2
         assert error <= factor * tolerance * max(float(theirs.double().norm()), 0.02 * scale)
 
 
-def test_fused_state_continues(monkeypatch):
+@pytest.mark.parametrize("decay", [False, True])
+def test_fused_state_continues(decay, monkeypatch):
     """Prefill, decoding and prefill again give what one pass gives, in bf16 at 64 sequences."""
     monkeypatch.setenv(VARIABLE, "triton")
     torch.manual_seed(0)
-    feature_map = build_feature_map(KernelSpec("nonstationary", "hyperbolic", 8, 4, 64, 64, False))
+    feature_map = build_feature_map(KernelSpec("nonstationary", "hyperbolic", 8, 4, 64, 64, False, decay=decay))
     feature_map.reset_parameters()
     feature_map.cuda()
     tensors = [torch.randn(64, heads, 700, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 4, 4)]
@@ -132,10 +142,11 @@ def test_fused_state_continues(monkeypatch):
     assert (output.float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
 
 
-def test_fused_log_weights_over_120(monkeypatch):
+@pytest.mark.parametrize("decay", [False, True])
+def test_fused_log_weights_over_120(decay, monkeypatch):
     monkeypatch.setenv(VARIABLE, "triton")
     torch.manual_seed(0)
-    feature_map = build_feature_map(KernelSpec("nonstationary", "hyperbolic", 2, 2, 64, 64, False))
+    feature_map = build_feature_map(KernelSpec("nonstationary", "hyperbolic", 2, 2, 64, 64, False, decay=decay))
     feature_map.reset_parameters()
     feature_map.cuda()
     query, key, value = (torch.randn(2, 2, 300, 64, device="cuda", requires_grad=True) for _ in range(3))

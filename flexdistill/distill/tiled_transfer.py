@@ -81,6 +81,7 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible) -> Attentio
     rows, teacher, student, _ = transfer_op(
         features.query.contiguous(),
         features.key.contiguous(),
+        features.decay,
         log_weight.contiguous(),
         mix.contiguous(),
         _row_maxima(log_weight.detach(), spec.causal, window),
@@ -119,6 +120,7 @@ def _row_maxima(log_weight: torch.Tensor, causal: bool, window: int) -> torch.Te
 def transfer_op(
     q_features: torch.Tensor,
     k_features: torch.Tensor,
+    decay: torch.Tensor | None,
     log_weight: torch.Tensor,
     mix: torch.Tensor,
     row_maximum: torch.Tensor,
@@ -136,7 +138,7 @@ def transfer_op(
     """The rows of `tiled_rows`, from features; every tensor is contiguous.
 
     Args:
-        q_features: (B, H, T, F) float32; k_features: (B, S, T, F) float32.
+        q_features: (B, H, T, F) float32; k_features: (B, S, T, F) float32; decay: (S, F) float32.
         log_weight: (B, S, T) float32, -inf at padding; k_norm: (B, S, T), the norms of k_features.
         mix: (B, H, T) float32, logarithm of the kernel's weight against the window's; read where there is a window.
         row_maximum: (B, S, T) float32, the largest log-weight that a row sees outside its window.
@@ -151,16 +153,18 @@ def transfer_op(
     rows, teacher, student, statistics = _outputs(q_features, value)
     kept, walked = _tiles(q_features.shape[-1], query, key, value)
     _kernels().forward_kernel[_grid(q_features, kept)](
-        q_features, k_features, log_weight, k_norm, row_maximum, mix, query, key, value, _pointer(visible, mix),
+        q_features, k_features, _pointer(decay, mix), log_weight, k_norm, row_maximum, mix, query, key, value,
+        _pointer(visible, mix),
         rows, teacher, student, statistics, *_sizes(q_features, k_features, key, value, window), scaling * _LOG2E,
         SIGNED_GUARD if signed else POSITIVE_GUARD, LEAST_WEIGHT, QUERIES=kept, KEYS=walked, WINDOWED=window > 0,
-        CALIBRATED=calibrated, **_settings(q_features, query, value, visible, causal, signed, kept),
+        CALIBRATED=calibrated, DECAY=decay is not None,
+        **_settings(q_features, query, value, visible, causal, signed, kept),
     )  # fmt: skip
     return rows, teacher, student, statistics
 
 
 @transfer_op.register_fake
-def _(q_features, k_features, log_weight, mix, row_maximum, k_norm, query, key, value, *settings):
+def _(q_features, k_features, decay, log_weight, mix, row_maximum, k_norm, query, key, value, *settings):
     return _outputs(q_features, value)
 
 
@@ -173,6 +177,7 @@ def transfer_backward_op(
     statistics: torch.Tensor,
     q_features: torch.Tensor,
     k_features: torch.Tensor,
+    decay: torch.Tensor | None,
     log_weight: torch.Tensor,
     row_maximum: torch.Tensor,
     query: torch.Tensor,
@@ -183,8 +188,8 @@ def transfer_backward_op(
     window: int,
     causal: bool,
     signed: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `transfer_op`'s features of queries and keys, its log-weights and its mix."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `transfer_op`'s features of queries and keys, its decay (S, F), its log-weights and its mix."""
     kernels = _kernels()
     _, far_scale, far_share, kept_share, bound = statistics
     d_cross_entropy, _, d_negative = d_rows
@@ -200,13 +205,13 @@ def transfer_backward_op(
     d_q_features, d_k_features = torch.empty_like(q_features), torch.empty_like(k_features)
     d_norm, d_far = torch.zeros_like(log_weight), torch.zeros_like(far_share)
     tensors = (
-        q_features, k_features, log_weight, row_maximum, query, key, value, _pointer(visible, common), statistics,
-        d_student, gradients,
+        q_features, k_features, _pointer(decay, common), log_weight, row_maximum, query, key, value,
+        _pointer(visible, common), statistics, d_student, gradients,
     )  # fmt: skip
     sizes = (*_sizes(q_features, k_features, key, value, window), scaling * _LOG2E, LEAST_WEIGHT)
     kept, walked = _tiles(q_features.shape[-1], query, key, value)
     settings = _settings(q_features, query, value, visible, causal, signed, kept)
-    settings["FEATURE_DTYPE"] = settings["VALUE_DTYPE"]
+    settings |= dict(FEATURE_DTYPE=settings["VALUE_DTYPE"], DECAY=decay is not None)
     kernels.query_gradient_kernel[_grid(q_features, kept)](
         *tensors, d_q_features, d_far, *sizes, QUERIES=kept, KEYS=walked, WINDOWED=window > 0, **settings
     )
@@ -219,20 +224,26 @@ def transfer_backward_op(
     # scores and bounds are of degree one in a key's features, just as in exp(w)
     d_log_weight = (d_k_features * k_features).sum(-1)
     d_mix = d_far - far_share * common if window else d_far
-    return d_q_features, d_k_features, d_log_weight, d_mix
+    d_decay = d_q_features.new_empty(0)
+    if decay is not None:
+        # a pair of query i and key j counts exp(-decay (i - j - window)) times
+        position = torch.arange(q_features.shape[2], device=q_features.device)[:, None]
+        by_query = (position * d_q_features * q_features).sum((0, 2)).unflatten(0, (decay.shape[0], -1)).sum(1)
+        d_decay = ((position + window) * d_k_features * k_features).sum((0, 2)) - by_query
+    return d_q_features, d_k_features, d_decay, d_log_weight, d_mix
 
 
 @transfer_backward_op.register_fake
-def _(d_rows, d_student, rows, student, statistics, q_features, k_features, log_weight, *rest):
-    inputs = (q_features, k_features, log_weight, statistics[0])
+def _(d_rows, d_student, rows, student, statistics, q_features, k_features, decay, log_weight, *rest):
+    inputs = (q_features, k_features, q_features.new_empty(0) if decay is None else decay, log_weight, statistics[0])
     return tuple(torch.empty_like(x) for x in inputs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q_features, k_features, log_weight, _, row_maximum, _, query, key, value, visible, *settings, _ = inputs
+    q_features, k_features, decay, log_weight, _, row_maximum, _, query, key, value, visible, *settings, _ = inputs
     rows, _, student, statistics = output
     ctx.save_for_backward(
-        rows, student, statistics, q_features, k_features, log_weight, row_maximum, query, key, value, visible
+        rows, student, statistics, q_features, k_features, decay, log_weight, row_maximum, query, key, value, visible
     )
     ctx.settings = settings
     ctx.mark_non_differentiable(output[1], statistics)
@@ -242,7 +253,10 @@ def _backward(ctx, d_rows, _, d_student, __):
     rows, student, *saved = ctx.saved_tensors
     d_rows = torch.zeros_like(rows) if d_rows is None else d_rows
     d_student = torch.zeros_like(student) if d_student is None else d_student
-    return *transfer_backward_op(d_rows, d_student, rows, student, *saved, *ctx.settings), *(None,) * 11
+    gradients = transfer_backward_op(d_rows, d_student, rows, student, *saved, *ctx.settings)
+    d_q_features, d_k_features, d_decay, d_log_weight, d_mix = gradients
+    d_decay = None if ctx.saved_tensors[5] is None else d_decay
+    return d_q_features, d_k_features, d_decay, d_log_weight, d_mix, *(None,) * 11
 
 
 def _norm(features: torch.Tensor) -> torch.Tensor:

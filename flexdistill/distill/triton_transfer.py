@@ -8,6 +8,9 @@ student's weight is
 
 with w the keys' log-weights and m_i the largest among a row's far keys. Logits, shifts and sums of logarithms are in
 units of log 2, log-weights in natural ones. All tensors are contiguous, so a head is a matrix with one token per row.
+
+Features that decay are relative to the first token of the tile that a program keeps: the queries' shrink from there on,
+and the keys' up to there.
 """
 
 try:
@@ -16,76 +19,30 @@ try:
 except ImportError as error:
     raise ImportError("Attention transfer in linear memory needs triton.") from error
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def finite(maximum):
-    """Zero in place of the maximum of no keys, so that exp2(-inf - maximum) is 0 and not NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
-def head_of(X, pair, LENGTH, SIZE):
-    """The matrix (LENGTH, SIZE) of one head of one sequence."""
-    return X + pair.to(tl.int64) * LENGTH * SIZE
-
-
-@triton.jit
-def load_tokens(X, index, LENGTH, SIZE, BLOCK: tl.constexpr):
-    """Tokens as rows: (TILE, BLOCK)."""
-    d = tl.arange(0, BLOCK)
-    return tl.load(X + index[:, None] * SIZE + d[None, :], (index < LENGTH)[:, None] & (d < SIZE)[None, :], 0.0)
-
-
-@triton.jit
-def store_tokens(X, x, index, LENGTH, SIZE, BLOCK: tl.constexpr):
-    d = tl.arange(0, BLOCK)
-    tl.store(X + index[:, None] * SIZE + d[None, :], x, (index < LENGTH)[:, None] & (d < SIZE)[None, :])
-
-
-@triton.jit
-def seen_pairs(VISIBLE, row, column, LENGTH, DELAY, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
-    """Which keys (columns) queries (rows) see, if they see them `DELAY` positions late; a tile or a transposed one."""
-    valid = column < LENGTH
-    if MASKED:
-        valid = valid & (tl.load(VISIBLE + column, valid, 0) != 0)
-    seen = (row < LENGTH) & valid
-    if CAUSAL:
-        seen = seen & (row - column >= DELAY)
-    return seen
-
-
-@triton.jit
-def add_softmax(logits, maximum, total):
-    """A running maximum and sum of exp2(logits - maximum), after one more tile."""
-    larger = tl.maximum(maximum, tl.max(logits, 1))
-    scale = finite(larger)
-    total = total * tl.exp2(maximum - scale) + tl.sum(tl.exp2(logits - scale[:, None]), 1)
-    return larger, total
-
-
-@triton.jit
-def products(x, y, PRECISION: tl.constexpr):
-    """Every row of x (X, SIZE) times every row of y (Y, SIZE): (X, Y)."""
-    return tl.dot(x, tl.trans(y), input_precision=PRECISION)
-
-
-@triton.jit
-def far_weights(LOG_WEIGHT, row_maximum, column, far, LENGTH):
-    """The keys' weights exp(w_j - m_i); 0 where a key is not far."""
-    log_weight = tl.load(LOG_WEIGHT + column, column < LENGTH, float("-inf"))
-    return tl.exp2(tl.where(far, (log_weight - row_maximum) * LOG2E, float("-inf")))
+from .triton_tiles import (
+    LN2,
+    LOG2E,
+    add_softmax,
+    far_weights,
+    finite,
+    head_of,
+    kept_after,
+    load_features,
+    load_tokens,
+    products,
+    seen_pairs,
+    store_tokens,
+)
 
 
 @triton.jit
 def forward_kernel(
-    Q_FEATURES, K_FEATURES, LOG_WEIGHT, K_NORM, ROW_MAXIMUM, MIX, Q, K, V, VISIBLE, ROWS, TEACHER, STUDENT, STATISTICS,
+    Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, K_NORM, ROW_MAXIMUM, MIX, Q, K, V, VISIBLE,
+    ROWS, TEACHER, STUDENT, STATISTICS,
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, GUARD, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, CALIBRATED: tl.constexpr, MASKED: tl.constexpr,
-    VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both outputs and, per row, the losses and the statistics that the backward pass needs.
 
@@ -107,7 +64,9 @@ def forward_kernel(
     row = start + tl.arange(0, QUERIES)
     inside = row < LENGTH
     query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
-    q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+    RATE += state_pair % STATE_HEADS * F
+    Q_FEATURES = head_of(Q_FEATURES, pair, LENGTH, F)
+    q_features = load_features(Q_FEATURES, row, LENGTH, F, RATE, row - start, QUERIES, BLOCK_F, DECAY)
     row_maximum = tl.load(head_of(ROW_MAXIMUM, state_pair, LENGTH, 1) + row, inside, float("-inf"))
     scale = finite(row_maximum)
     end = tl.minimum(start + QUERIES, LENGTH) if CAUSAL else LENGTH
@@ -127,7 +86,8 @@ def forward_kernel(
         if WINDOWED:
             far = seen & (row[:, None] - column[None, :] >= WINDOW)
             near_maximum, near_total = add_softmax(tl.where(far, float("-inf"), logits), near_maximum, near_total)
-        k_features = load_tokens(K_FEATURES, column, LENGTH, F, BLOCK_F)
+        age = start - WINDOW - column
+        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, age, QUERIES, BLOCK_F, DECAY)
         weight = far_weights(LOG_WEIGHT, scale[:, None], column[None, :], far, LENGTH)
         far_total += tl.sum(products(q_features, k_features, PRECISION) * weight, 1)
         if SIGNED:
@@ -171,7 +131,8 @@ def forward_kernel(
         far = seen
         if WINDOWED:
             far = seen & (row[:, None] - column[None, :] >= WINDOW)
-        k_features = load_tokens(K_FEATURES, column, LENGTH, F, BLOCK_F)
+        age = start - WINDOW - column
+        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, age, QUERIES, BLOCK_F, DECAY)
         weight = far_weights(LOG_WEIGHT, scale[:, None], column[None, :], far, LENGTH) * far_scale[:, None]
         weight *= products(q_features, k_features, PRECISION)
         if WINDOWED:
@@ -236,12 +197,12 @@ def product_gradient(
 
 @triton.jit
 def query_gradient_kernel(
-    Q_FEATURES, K_FEATURES, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, STATISTICS, D_STUDENT, GRADIENTS,
+    Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, STATISTICS, D_STUDENT, GRADIENTS,
     D_FEATURES, D_FAR,
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
-    VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries' features, and of the logarithm of the far weights' common factor, denominator apart."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
@@ -256,7 +217,9 @@ def query_gradient_kernel(
 
     row = start + tl.arange(0, QUERIES)
     query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
-    q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+    RATE += state_pair % STATE_HEADS * F
+    Q_FEATURES = head_of(Q_FEATURES, pair, LENGTH, F)
+    q_features = load_features(Q_FEATURES, row, LENGTH, F, RATE, row - start, QUERIES, BLOCK_F, DECAY)
     d_student = load_tokens(head_of(D_STUDENT, pair, LENGTH, DV), row, LENGTH, DV, BLOCK_V)
     scale = finite(tl.load(head_of(ROW_MAXIMUM, state_pair, LENGTH, 1) + row, row < LENGTH, 0.0))[:, None]
     log_sum, far_scale, d_cross_entropy, d_negative, common, _ = load_row_numbers(
@@ -269,7 +232,8 @@ def query_gradient_kernel(
         far = seen_pairs(VISIBLE, row[:, None], column[None, :], LENGTH, WINDOW, CAUSAL, MASKED)
         key = load_tokens(K, column, LENGTH, D, BLOCK_D)
         value = load_tokens(V, column, LENGTH, DV, BLOCK_V).to(VALUE_DTYPE)
-        k_features = load_tokens(K_FEATURES, column, LENGTH, F, BLOCK_F)
+        age = start - WINDOW - column
+        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, age, QUERIES, BLOCK_F, DECAY)
         logits = products(query, key, PRECISION) * SCALE
         by_weight = products(d_student, value, PRECISION)
         product = products(q_features, k_features, PRECISION)
@@ -283,6 +247,8 @@ def query_gradient_kernel(
         )
         if WINDOWED:
             d_far += tl.sum(by_log, 1)
+    if DECAY:
+        d_features *= kept_after(RATE, row - start, F, BLOCK_F)
     store_tokens(head_of(D_FEATURES, pair, LENGTH, F), d_features, row, LENGTH, F, BLOCK_F)
     if WINDOWED:
         tl.store(head_of(D_FAR, pair, LENGTH, 1) + row, d_far, row < LENGTH)
@@ -290,11 +256,11 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_gradient_kernel(
-    Q_FEATURES, K_FEATURES, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, STATISTICS, D_STUDENT, GRADIENTS,
+    Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, STATISTICS, D_STUDENT, GRADIENTS,
     D_FEATURES, D_NORM,
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr, DECAY: tl.constexpr,
     VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the keys' features, their norms apart, and of these norms; a key map's query heads are summed."""
@@ -309,7 +275,9 @@ def key_gradient_kernel(
     column = start + tl.arange(0, KEYS)
     key = load_tokens(head_of(K, kv_pair, LENGTH, D), column, LENGTH, D, BLOCK_D)
     value = load_tokens(head_of(V, kv_pair, LENGTH, DV), column, LENGTH, DV, BLOCK_V).to(VALUE_DTYPE)
-    k_features = load_tokens(head_of(K_FEATURES, state_pair, LENGTH, F), column, LENGTH, F, BLOCK_F)
+    RATE += state_pair % STATE_HEADS * F
+    K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
+    k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, start - column, KEYS, BLOCK_F, DECAY)
     begin = (start + WINDOW) // QUERIES * QUERIES if CAUSAL else 0
     d_features, d_norm = tl.zeros((KEYS, BLOCK_F), tl.float32), tl.zeros((KEYS,), tl.float32)
     tiles = tl.cdiv(tl.maximum(LENGTH - begin, 0), QUERIES)
@@ -318,7 +286,9 @@ def key_gradient_kernel(
         row = begin + step % tiles * QUERIES + tl.arange(0, QUERIES)
         far = seen_pairs(VISIBLE, row[None, :], column[:, None], LENGTH, WINDOW, CAUSAL, MASKED)
         query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
-        q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+        q_features = load_features(
+            head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, RATE, row - WINDOW - start, KEYS, BLOCK_F, DECAY
+        )
         d_student = load_tokens(head_of(D_STUDENT, pair, LENGTH, DV), row, LENGTH, DV, BLOCK_V)
         scale = finite(tl.load(ROW_MAXIMUM + row, row < LENGTH, 0.0))[None, :]
         log_sum, far_scale, d_cross_entropy, d_negative, common, d_bound = load_row_numbers(
@@ -340,6 +310,8 @@ def key_gradient_kernel(
         )
         if SIGNED:
             d_norm += tl.sum(weight * d_bound, 1)
+    if DECAY:
+        d_features *= kept_after(RATE, start - column, F, BLOCK_F)
     store_tokens(head_of(D_FEATURES, state_pair, LENGTH, F), d_features, column, LENGTH, F, BLOCK_F)
     if SIGNED:
         tl.store(head_of(D_NORM, state_pair, LENGTH, 1) + column, d_norm, column < LENGTH)

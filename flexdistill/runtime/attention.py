@@ -237,7 +237,7 @@ def _attention_weights(feature_map, query, key, *, scaling, visible):
     banded = ((distance >= 0) & (distance < spec.window))[None, None]
     if visible is not None:
         allowed, banded = allowed & visible[:, None, None], banded & visible[:, None, None]
-    scores, bound, maximum = quadratic_scores(features, allowed)
+    scores, bound, maximum = quadratic_scores(features, allowed, spec.window)
     far = RowSums(scores, scores.sum(-1), bound, maximum)
     near = None
     if spec.window:
@@ -282,6 +282,7 @@ def _softmax_scores(query, key, allowed, scaling):
 def _features(feature_map, query, key, scaling, context: Context) -> Features:
     # kernels are defined for logits q.k / sqrt(d); a model that scales otherwise has it moved into its queries
     features = feature_map.features(query * (scaling * query.shape[-1] ** 0.5), key, context)
+    features.decay = feature_map.decay_rates()
     if context.visible is not None:
         features.key_log_weight = features.key_log_weight.masked_fill(~context.visible[:, None], -torch.inf)
     return features

@@ -24,6 +24,7 @@ class KernelSpec:
         causal: whether a query sees earlier positions only.
         matrix: frequencies of random features, such as "orf"; None where a variant has no choice.
         horizon: tokens after which a kernel of distances ends; None where it has none.
+        decay: each feature forgets at a learned rate, so that some serve near keys and some distant ones.
     """
 
     variant: str
@@ -38,6 +39,7 @@ class KernelSpec:
     causal: bool = True
     matrix: str | None = None
     horizon: int | None = None
+    decay: bool = False
 
     @property
     def num_state_heads(self) -> int:

@@ -21,19 +21,25 @@ SIGNED_GUARD = 0.01
 POSITIVE_GUARD = 1e-30
 # kernel and window may differ by e^4 in mass at first, so the gate between them moves in larger steps than frequencies
 GATE_UNIT = 10.0
+# rates of forgetting span four orders of magnitude, so their logarithms move in larger steps than frequencies
+DECAY_UNIT = 5.0
+# at first: tokens after which a feature has forgotten all but 1/e, spread evenly on a logarithmic scale
+SHORTEST_MEMORY, LONGEST_MEMORY = 1.6, 1e4
 
 
 @dataclass
 class Features:
     """Features of some queries and keys; all float32, all that exponentiates kept as logarithms.
 
-    The kernel is k(q_i, k_j) = exp(query_log_scale_i + key_log_weight_j) <query_i, key_j>.
+    The kernel is k(q_i, k_j) = exp(query_log_scale_i + key_log_weight_j) <query_i, key_j>. With a decay, feature f of
+    that product counts exp(-decay_f (i - j)) times, for a key j that comes to be seen at position j.
     """
 
     query: torch.Tensor  # (B, H, Tq, F)
     query_log_scale: torch.Tensor  # (B, H, Tq); cancels in a purely linear row, counts against a softmax window
     key: torch.Tensor  # (B, S, Tk, F)
     key_log_weight: torch.Tensor  # (B, S, Tk)
+    decay: torch.Tensor | None = None  # (S, F), in (0, 1): how fast each feature forgets, per token
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Spectrum:
 
     query: tuple[torch.Tensor | None, ...]
     key: tuple[torch.Tensor | None, ...]
+    decay: torch.Tensor | None  # as in `Features`
 
 
 class MapParameters(nn.ParameterDict):
@@ -90,6 +97,7 @@ class FeatureMap(nn.Module):
     matrices: tuple[str, ...] = ()  # matrices of frequencies to choose from, the default first
     paper = ""
     tied_by_default = False
+    decays_by_default = False  # in causal layers
 
     def __init__(self, spec: KernelSpec):
         super().__init__()
@@ -97,6 +105,7 @@ class FeatureMap(nn.Module):
         self.query_parameters = MapParameters()
         self.key_parameters = MapParameters()
         self.window_gate = nn.Parameter(torch.empty(spec.num_heads)) if spec.window else None
+        self.decay = nn.Parameter(torch.empty(spec.num_state_heads, self.num_features)) if spec.decay else None
 
     @property
     def num_features(self) -> int:
@@ -124,6 +133,10 @@ class FeatureMap(nn.Module):
         """(B, K, T, d) -> (B, S, T, d): a key per state head."""
         return key.repeat_interleave(self.spec.num_state_heads // self.spec.num_key_value_heads, dim=1)
 
+    def decay_rates(self) -> torch.Tensor | None:
+        """How fast each feature forgets (S, F), float32 in (0, 1), per token; None without a decay."""
+        return None if self.decay is None else torch.sigmoid(DECAY_UNIT * self.decay.float())
+
     def measure(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """What this map wants to know of training data, from queries and keys as `features` gets them."""
         raise NotImplementedError
@@ -145,6 +158,11 @@ class FeatureMap(nn.Module):
         """Fills every parameter and buffer with its initial value."""
         if self.window_gate is not None:
             init.zeros_(self.window_gate)
+        if self.decay is not None:
+            # steps of the golden ratio: evenly spread, whatever the order of a map's features means
+            shares = torch.arange(self.num_features, device=self.decay.device) * 0.6180339887 % 1
+            rates = (SHORTEST_MEMORY * (LONGEST_MEMORY / SHORTEST_MEMORY) ** shares).reciprocal()
+            init.copy_(self.decay, (torch.logit(rates) / DECAY_UNIT).expand_as(self.decay))
 
     def _add_maps(self, **shapes: tuple[int, ...]) -> None:
         """Declares parameters (heads, *shape) of the query map and, unless tied, of the key map."""
@@ -227,7 +245,9 @@ class FlexformerFeatureMap(FeatureMap):
 
         query, key = self._maps()
         return Spectrum(
-            tensors(query, self.spec.num_heads, query_factor), tensors(key, self.spec.num_state_heads, key_factor)
+            tensors(query, self.spec.num_heads, query_factor),
+            tensors(key, self.spec.num_state_heads, key_factor),
+            self.decay_rates(),
         )
 
     def _frequency_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -242,6 +262,7 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     log-amplitudes, and keys weighted by exp(gamma |k|^2) with gamma learned per head.
     """
 
+    decays_by_default = True
     # |k|^2 is of the order of 100, so the learned coefficient moves in tenths
     _NORM_UNIT = 0.1
 

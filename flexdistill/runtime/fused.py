@@ -23,6 +23,7 @@ from .launch import (
     floats,
     guard_of,
     kernel_settings,
+    key_map_tensors,
     key_states,
     like_output,
     map_tensors,
@@ -58,6 +59,7 @@ def attention_op(
     k_w2: torch.Tensor | None,
     k_amplitude: torch.Tensor | None,
     k_norm_factor: torch.Tensor,
+    decay: torch.Tensor | None,
     gate: torch.Tensor,
     initial_values: torch.Tensor | None,
     initial_norms: torch.Tensor | None,
@@ -82,9 +84,9 @@ def attention_op(
     """
     query, key, value = row_major(query), row_major(key), row_major(value)
     shape = Shape.of(query, key, value, q_w1, k_w1, causal, past, window, segments)
-    settings = kernel_settings(q_w2, q_amplitude, visible, segments, query)
+    settings = kernel_settings(q_w2, q_amplitude, decay, visible, segments, query)
     initial = (initial_values, initial_norms, initial_maximum)
-    k_map = map_tensors(k_w1, k_w2, k_amplitude, k_norm_factor)
+    k_map = key_map_tensors(decay, k_w1, k_w2, k_amplitude, k_norm_factor)
     visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
     states_settings = dict(settings, INITIAL=initial_values is not None)
     initial = tuple(q_w1 if x is None else x for x in initial)
@@ -119,9 +121,9 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(query, key, value, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, gate,
-      initial_values, initial_norms, initial_maximum, segments, first, causal, window, past, scale, scaling,
-      final):  # fmt: skip
+def _(query, key, value, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor,
+      decay, gate, initial_values, initial_norms, initial_maximum, segments, first, causal, window, past, scale,
+      scaling, final):  # fmt: skip
     batch, heads, length, _ = query.shape
     row = (batch, heads, length)
     pairs = (batch, k_w1.shape[0]) if final else (0, 0)
@@ -148,10 +150,17 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, d_output, *_):
     gradients = attention_backward_op(d_output, *ctx.saved_tensors, *ctx.settings)
     d_query, d_key, d_value, d_q_map, d_k_map = gradients
-    q_w1, q_w2, q_amplitude, _, k_w1, k_w2, k_amplitude = ctx.saved_tensors[10:17]
-    *q_gradients, d_gate = split_map(d_q_map, q_w1, q_w2, q_amplitude)
-    *k_gradients, _ = split_map(d_k_map, k_w1, k_w2, k_amplitude)
-    return d_query, d_key, d_value, None, *q_gradients, *k_gradients, d_gate, *(None,) * 11
+    q_w1, q_w2, q_amplitude, _, k_w1, k_w2, k_amplitude, _, decay = ctx.saved_tensors[10:19]
+    *q_gradients, d_gate, q_moments = split_map(d_q_map, q_w1, q_w2, q_amplitude)
+    *k_gradients, _, k_moments = split_map(d_k_map, k_w1, k_w2, k_amplitude)
+    d_decay = None
+    if decay is not None:
+        # a pair of query i and key j counts exp(-decay (i - j - window)) times; sums over i and over j nearly cancel, so
+        # in bf16 this gradient carries noise: a fourth of its norm over 1,037 random tokens, less over more of them
+        _, window, *_ = ctx.settings
+        q_moments = q_moments.unflatten(0, (decay.shape[0], -1)).sum(1)
+        d_decay = k_moments + window * k_gradients[2] - q_moments
+    return d_query, d_key, d_value, None, *q_gradients, *k_gradients, d_decay, d_gate, *(None,) * 11
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -171,6 +180,7 @@ def decode_op(
     k_w2: torch.Tensor | None,
     k_amplitude: torch.Tensor | None,
     k_norm_factor: torch.Tensor,
+    decay: torch.Tensor | None,
     values: torch.Tensor,
     norms: torch.Tensor,
     maximum: torch.Tensor,
@@ -183,7 +193,7 @@ def decode_op(
     query, key, value = row_major(query), row_major(key), row_major(value)
     batch, heads, _, size = query.shape
     state_heads, value_size, frequencies = k_w1.shape[0], value.shape[3], q_w1.shape[2]
-    settings = kernel_settings(q_w2, q_amplitude, visible, None, query)
+    settings = kernel_settings(q_w2, q_amplitude, decay, visible, None, query)
     del settings["PACKED"]
     output = query.new_empty(batch, heads, 1, value_size)
     guarded = torch.empty(batch, heads, 1, dtype=torch.int8, device=query.device)
@@ -191,7 +201,7 @@ def decode_op(
     visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
     decode_kernel[(state_heads, triton.cdiv(batch, sequences))](
         query, key, value, visible, *map_tensors(q_w1, q_w2, q_amplitude, q_norm_factor)[:3],
-        *map_tensors(k_w1, k_w2, k_amplitude, k_norm_factor), values, norms, maximum, output, guarded,
+        *key_map_tensors(decay, k_w1, k_w2, k_amplitude, k_norm_factor), values, norms, maximum, output, guarded,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], batch, heads, state_heads, key.shape[1], size,
         value_size, frequencies, scale, guard_of(q_amplitude), BLOCK_D=power(size), BLOCK_V=power(value_size),
         BLOCK_N=power(frequencies), ROWS=16, SEQUENCES=sequences, GROUP=heads // state_heads,
@@ -202,7 +212,7 @@ def decode_op(
 
 @decode_op.register_fake
 def _(query, key, value, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor,
-      values, norms, maximum, scale):  # fmt: skip
+      decay, values, norms, maximum, scale):  # fmt: skip
     batch, heads, _, _ = query.shape
     guarded = torch.empty(batch, heads, 1, dtype=torch.int8, device=query.device)
     return query.new_empty(batch, heads, 1, value.shape[-1]), guarded
@@ -257,8 +267,8 @@ class FusedAttention:
         """Output and which rows were guarded; the state is updated in place."""
         spectrum = feature_map.spectrum()
         return decode_op(
-            query, key, value, visible, *spectrum.query, *spectrum.key, state.values, state.norms, state.maximum,
-            scaling * query.shape[-1] ** 0.5,
+            query, key, value, visible, *spectrum.query, *spectrum.key, spectrum.decay, state.values, state.norms,
+            state.maximum, scaling * query.shape[-1] ** 0.5,
         )  # fmt: skip
 
 
@@ -269,6 +279,6 @@ def _call(feature_map, query, key, value, scaling, visible, state, past, final, 
         gate = GATE_UNIT * feature_map.window_gate.float()
     state = (None, None, None) if state is None else (state.values, state.norms, state.maximum)
     return attention_op(
-        query, key, value, visible, *spectrum.query, *spectrum.key, gate, *state, *packed,
+        query, key, value, visible, *spectrum.query, *spectrum.key, spectrum.decay, gate, *state, *packed,
         spec.causal, spec.window, past, scaling * query.shape[-1] ** 0.5, scaling, final,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from .launch import (
     floats,
     guard_of,
     kernel_settings,
+    key_map_tensors,
     key_states,
     map_tensors,
     power,
@@ -39,19 +40,19 @@ def _map_gradients(x, x_map, d_features, scale, settings, parts: bool):
     span = segment_length(batch * heads, length, processors_of(x.device))
     spans = -(-length // span)
     d_x = torch.empty(batch, heads, length, size, dtype=torch.float32 if parts else x.dtype, device=x.device)
-    d_map = floats(x, batch, heads, spans, 2 * size * frequencies + 2 * frequencies + 2)
+    d_map = floats(x, batch, heads, spans, flat_size(size, frequencies, settings["DECAY"]))
     blocks = blocks_of(x.dtype)
     map_gradient_kernel[(spans, batch * heads)](
         x, *x_map, d_features, d_x, d_map, *token_strides(x), heads, w1.shape[0], x.shape[1], length,
         d_features.stride(0), slices, span, size, frequencies, scale,
         BLOCK_D=power(size), BLOCK_N=power(frequencies), CHUNK=blocks.chunk,
-        **{name: settings[name] for name in ("HYPERBOLIC", "NONSTATIONARY", "DTYPE", "PRECISION")},
+        **{name: settings[name] for name in ("HYPERBOLIC", "NONSTATIONARY", "DECAY", "DTYPE", "PRECISION")},
         STAGES=blocks.stages, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return d_x, d_map.sum((0, 2))
 
 
-def _query_states(shape, query, q_map, rows, table, scale, guard, flags):
+def _query_states(shape, query, q_map, decay, rows, table, scale, guard, flags):
     """States (B * H, records, D + 1, F) of the queries after each segment, or of all segments' queries."""
     pairs, records = shape.batch * shape.heads, shape.records
     size = (shape.value_size + 1) * 2 * shape.frequencies
@@ -60,12 +61,13 @@ def _query_states(shape, query, q_map, rows, table, scale, guard, flags):
         maximum = torch.empty_like(norms)
         flags = {name: flag for name, flag in flags.items() if name != "MASKED"}
         query_states_kernel[(records, pairs, shape.slices)](
-            query, *q_map[:3], *rows, values, norms, maximum, table, *token_strides(query, rows[-1]), shape.heads,
-            shape.length, shape.segment_length, records, shape.size, shape.value_size, shape.frequencies, scale, guard,
+            query, *q_map[:3], decay, *rows, values, norms, maximum, table, *token_strides(query, rows[-1]),
+            shape.heads, shape.state_heads, shape.length, shape.segment_length, records, shape.size, shape.value_size,
+            shape.frequencies, scale, guard,
             **shape.sizes, **flags,
         )  # fmt: skip
         if records > 1:
-            scan(values, norms, maximum, maximum, table, reverse=True, packed=flags["PACKED"])
+            scan(shape, shape.heads, values, norms, maximum, maximum, table, decay, True, flags)
     return values, norms
 
 
@@ -90,6 +92,7 @@ def attention_backward_op(
     k_w2: torch.Tensor | None,
     k_amplitude: torch.Tensor | None,
     k_norm_factor: torch.Tensor,
+    decay: torch.Tensor | None,
     gate: torch.Tensor,
     segments: torch.Tensor | None,
     first: torch.Tensor | None,
@@ -101,10 +104,10 @@ def attention_backward_op(
     """Gradients of query, key and value, and of both maps as flat rows per head (see `split_map`)."""
     query, key, value, d_output = (row_major(x) for x in (query, key, value, d_output))
     shape = Shape.of(query, key, value, q_w1, k_w1, causal, 0, window, segments)
-    settings = kernel_settings(q_w2, q_amplitude, visible, segments, query)
+    settings = kernel_settings(q_w2, q_amplitude, decay, visible, segments, query)
     pairs, length, guard = shape.batch * shape.heads, shape.length, guard_of(q_amplitude)
     q_map = map_tensors(q_w1, q_w2, q_amplitude, q_norm_factor)
-    k_map = map_tensors(k_w1, k_w2, k_amplitude, k_norm_factor)
+    k_map = key_map_tensors(decay, k_w1, k_w2, k_amplitude, k_norm_factor)
     visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
     table = q_w1 if segments is None else segments
 
@@ -140,7 +143,7 @@ def attention_backward_op(
     q_factor = q_norm_factor if window else gate
     d_query, d_q_map = _map_gradients(query, (*q_map[:3], q_factor), d_features, scale, settings, window > 0)
 
-    values, norms = _query_states(shape, query, q_map, rows, table, scale, guard, flags)
+    values, norms = _query_states(shape, query, q_map, k_map[-1], rows, table, scale, guard, flags)
     d_features = new(
         slices, shape.batch, shape.heads, shape.keys, 2 * shape.frequencies, dtype=working, device=query.device
     )
@@ -151,7 +154,7 @@ def attention_backward_op(
         )  # fmt: skip
     # final in the inputs' dtype unless parts are yet to be summed
     parts = window > 0 or shape.heads > shape.kv_heads
-    d_key, d_k_map = _map_gradients(key, k_map, d_features, 1.0, settings, parts)
+    d_key, d_k_map = _map_gradients(key, k_map[:4], d_features, 1.0, settings, parts)
 
     dtype = torch.float32 if parts else value.dtype
     d_value = new(shape.batch, shape.heads, shape.keys, shape.value_size, dtype=dtype, device=key.device)
@@ -183,21 +186,28 @@ def attention_backward_op(
 
 @attention_backward_op.register_fake
 def _(d_output, output, row_reference, row_shift, row_guarded, row_lse, row_flags, query, key, value, visible, q_w1,
-      q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, gate, segments, first, causal, window,
-      scale, scaling):  # fmt: skip
-    size = 2 * q_w1.shape[1] * q_w1.shape[2] + 2 * q_w1.shape[2] + 2
+      q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, decay, gate, segments, first, causal,
+      window, scale, scaling):  # fmt: skip
+    size = flat_size(*q_w1.shape[1:], decay is not None)
     gradients = [x.new_empty(x.shape) for x in (query, key, value)]
     return *gradients, floats(query, q_w1.shape[0], size), floats(query, k_w1.shape[0], size)
 
 
+def flat_size(size: int, frequencies: int, decays: bool) -> int:
+    """Numbers of one head in what `split_map` takes apart."""
+    return 2 * size * frequencies + 2 * frequencies + 2 + (2 * frequencies if decays else 0)
+
+
 def split_map(flat: torch.Tensor, w1, w2, amplitude):
-    """Flat rows per head -> gradients of W1, W2, amplitudes, norm factor and gate."""
+    """Flat rows per head -> gradients of W1, W2, amplitudes, norm factor and gate, and what decays are made from."""
     size = w1[0].numel()
-    d_w1, d_w2, d_amplitude, d_norm_factor, d_gate = flat.split([size, size, 2 * w1.shape[2], 1, 1], dim=1)
+    sizes = [size, size, 2 * w1.shape[2], 1, 1]
+    d_w1, d_w2, d_amplitude, d_norm_factor, d_gate, moments = flat.split([*sizes, flat.shape[1] - sum(sizes)], dim=1)
     return (
         d_w1.unflatten(1, w1.shape[1:]),
         None if w2 is None else d_w2.unflatten(1, w1.shape[1:]),
         None if amplitude is None else d_amplitude,
         d_norm_factor.squeeze(1),
         d_gate.squeeze(1),
+        moments,
     )

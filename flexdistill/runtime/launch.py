@@ -160,10 +160,11 @@ def floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def kernel_settings(q_w2, q_amplitude, visible, segments, query) -> dict:
+def kernel_settings(q_w2, q_amplitude, decay, visible, segments, query) -> dict:
     return dict(
         HYPERBOLIC=q_amplitude is not None,
         NONSTATIONARY=q_w2 is not None,
+        DECAY=decay is not None,
         MASKED=visible is not None,
         PACKED=segments is not None,
         **dtypes(query),
@@ -171,7 +172,11 @@ def kernel_settings(q_w2, q_amplitude, visible, segments, query) -> dict:
 
 
 def map_tensors(w1, w2, amplitude, norm_factor) -> tuple[torch.Tensor, ...]:
-    return w1, w1 if w2 is None else w2, w1 if amplitude is None else amplitude, norm_factor
+    return w1, *(w1 if x is None else x for x in (w2, amplitude)), norm_factor
+
+
+def key_map_tensors(decay, w1, w2, amplitude, norm_factor) -> tuple[torch.Tensor, ...]:
+    return *map_tensors(w1, w2, amplitude, norm_factor), w1 if decay is None else decay.contiguous()
 
 
 def guard_of(amplitude) -> float:
@@ -193,15 +198,17 @@ def key_states(shape: Shape, key, value, visible, k_map, initial, segments, sett
         if records == 1:
             running = maximum
         else:
-            scan(values, norms, maximum, running, segments, reverse=False, packed=settings["PACKED"])
+            scan(shape, shape.state_heads, values, norms, maximum, running, segments, k_map[-1], False, settings)
     return values, norms, running
 
 
-def scan(values, norms, maximum, running, table, reverse, packed) -> None:
+def scan(shape: Shape, heads, values, norms, maximum, running, table, decay, reverse, settings) -> None:
     pairs, records, size = values.shape
     scan_kernel[(pairs, triton.cdiv(size, 1024))](
-        values, norms, maximum, running, table, size, records, BLOCK=1024, REVERSE=reverse, PACKED=packed
-    )
+        values, norms, maximum, running, table, decay, heads, shape.state_heads, size, 2 * shape.frequencies,
+        shape.segment_length, records, BLOCK=1024, REVERSE=reverse, PACKED=settings["PACKED"],
+        DECAY=settings["DECAY"],
+    )  # fmt: skip
 
 
 def window_launch(kernel, shape, settings, length, strided, arguments, scaling, past, window) -> None:

@@ -8,6 +8,10 @@ All three compute, for every query i over the keys j that it may see,
 with w the keys' log-weights and m_i the largest w_j in sight, so that no exponent is ever positive. Shapes as in
 `feature_maps`: queries' features (B, H, T, F), keys' features (B, S, T, F), values (B, S, T, D), S dividing H. A key
 that must not be seen (padding) has log-weight -inf and leaves numerator and denominator alike. Everything is float32.
+
+Features that decay count exp(-decay (i - j)) times. Within a chunk that is a factor of the query's features times one
+of the key's, both relative to the token before the chunk; no feature forgets faster than exp(-1) per token, so the
+factors of a chunk's 64 tokens are far from the ends of float32.
 """
 
 from dataclasses import dataclass
@@ -27,7 +31,8 @@ class RowSums:
 
     numerator: torch.Tensor  # (B, H, T, D)
     denominator: torch.Tensor  # (B, H, T)
-    bound: torch.Tensor  # (B, H, T): |phi(q_i)| sum_j exp(w_j - m_i) |phi(k_j)| >= |denominator| (Cauchy-Schwarz)
+    # (B, H, T): |phi(q_i)| sum_j exp(w_j - m_i) |phi(k_j)| >= |denominator| (Cauchy-Schwarz), without any decay
+    bound: torch.Tensor
     maximum: torch.Tensor  # (B, H, T): m_i; -inf where a query sees no key
 
 
@@ -35,7 +40,8 @@ class RowSums:
 class State:
     """What is kept of all keys seen so far, at a size that does not depend on their number."""
 
-    values: torch.Tensor  # (B, S, D + 1, F): sum_j exp(w_j - m) [v_j, 1] phi(k_j)^T
+    # (B, S, D + 1, F): sum_j exp(w_j - m) [v_j, 1] phi(k_j)^T, decayed up to the last token
+    values: torch.Tensor
     norms: torch.Tensor  # (B, S): sum_j exp(w_j - m) |phi(k_j)|
     maximum: torch.Tensor  # (B, S): m, the largest log-weight seen
 
@@ -59,12 +65,15 @@ def causal_sums(features: Features, value: torch.Tensor, state: State | None = N
     return form(features, value, state)
 
 
-def quadratic_scores(features: Features, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quadratic_scores(
+    features: Features, allowed: torch.Tensor, delay: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The reference: every pair's kernel value, in quadratic memory.
 
     Args:
         features: of Tq queries and Tk keys.
         allowed: bool, broadcastable to (B, H, Tq, Tk); which keys a query sees.
+        delay: positions after its own at which a key comes to be seen, for features that decay.
 
     Returns:
         signed scores exp(w_j - m_i) <phi(q_i), phi(k_j)> (B, H, Tq, Tk), their bound and maximum as in `RowSums`.
@@ -75,9 +84,30 @@ def quadratic_scores(features: Features, allowed: torch.Tensor) -> tuple[torch.T
     log_weight = log_weight.expand(*features.query.shape[:-1], -1).masked_fill(~allowed, -torch.inf)
     maximum = log_weight.detach().amax(-1)
     weight = (log_weight - _finite(maximum)[..., None]).exp()
-    scores = features.query @ key.transpose(-1, -2) * weight
+    if features.decay is None:
+        products = features.query @ key.transpose(-1, -2)
+    else:
+        products = _decayed_products(features.query, key, features.decay.repeat_interleave(groups, dim=0), delay)
+    scores = products * weight
     bound = features.query.norm(dim=-1) * (weight @ key.norm(dim=-1)[..., None]).squeeze(-1)
     return scores, bound, maximum
+
+
+def _decayed_products(query, key, decay, delay):
+    """sum_f query_if key_jf exp(-decay_f (i - j - delay)) (B, H, Tq, Tk) where i >= j + delay, else anything finite.
+
+    Queries go by in chunks, so that their factors and those of all keys are relative to a token near by.
+    """
+    entered = torch.arange(key.shape[-2], device=key.device) + delay
+    rows = []
+    for start in range(0, query.shape[-2], CHUNK):
+        chunk = query[..., start : start + CHUNK, :]
+        place = torch.arange(chunk.shape[-2], device=query.device)
+        # keys that no query of this chunk sees would grow without limit
+        age = (start - entered).clamp_min(-CHUNK)
+        chunk = chunk * (-decay[:, None] * place[:, None]).exp()
+        rows.append(chunk @ (key * (-decay[:, None] * age[:, None]).exp()).transpose(-1, -2))
+    return torch.cat(rows, dim=-2)
 
 
 def quadratic_sums(features: Features, value: torch.Tensor, allowed: torch.Tensor) -> RowSums:
@@ -90,7 +120,7 @@ def quadratic_sums(features: Features, value: torch.Tensor, allowed: torch.Tenso
 def bidirectional_sums(features: Features, value: torch.Tensor) -> RowSums:
     """Row sums of attention in which every query sees every key: one state serves all queries."""
     query = _grouped(features.query, features.key.shape[1])
-    _, state = _summarise(features.key, features.key_log_weight, _with_ones(value))
+    _, state = _summarise(features.key, features.key_log_weight, _with_ones(value), features.key.norm(dim=-1))
     sums = query @ state.values[:, :, None].transpose(-1, -2)
     bound = query.norm(dim=-1) * state.norms[:, :, None, None]
     maximum = state.maximum[:, :, None, None].expand(bound.shape)
@@ -103,6 +133,7 @@ def recurrent_sums(features: Features, value: torch.Tensor, state: State | None 
     value = _with_ones(value)
     query = _grouped(features.query, features.key.shape[1])
     norm = features.key.norm(dim=-1)
+    kept = 1.0 if features.decay is None else (-features.decay).exp()[:, None]
     rows = []
     for t in range(features.key.shape[-2]):
         log_weight = features.key_log_weight[:, :, t]
@@ -110,7 +141,7 @@ def recurrent_sums(features: Features, value: torch.Tensor, state: State | None 
         decay, weight = (state.maximum - _finite(maximum)).exp(), (log_weight - _finite(maximum)).exp()
         update = value[:, :, t, :, None] * (weight[..., None] * features.key[:, :, t])[..., None, :]
         state = State(
-            values=decay[..., None, None] * state.values + update,
+            values=decay[..., None, None] * kept * state.values + update,
             norms=decay * state.norms + weight * norm[:, :, t],
             maximum=maximum,
         )
@@ -141,16 +172,25 @@ def chunked_sums(
             _cut(features.key_log_weight[..., block, None], padding, chunk, fill=-torch.inf).squeeze(-1),
             _cut(value[..., block, :], padding, chunk),
             state,
+            features.decay,
+            size,
         )
         outputs.append([x.flatten(3, 4)[:, :, :, :size] for x in rows])
     sums, bound, maximum = (torch.cat(parts, dim=3) for parts in zip(*outputs, strict=True))
     return _ungrouped(sums, bound.squeeze(-1), maximum.squeeze(-1)), state
 
 
-def _block_sums(query, key, log_weight, value, state):
-    """Chunks (B, S, G, N, C, F), (B, S, N, C, F), (B, S, N, C), (B, S, N, C, D + 1) -> rows and the next state."""
+def _block_sums(query, key, log_weight, value, state, decay, length):
+    """Chunks (B, S, G, N, C, F), (B, S, N, C, F), (B, S, N, C), (B, S, N, C, D + 1) -> rows and the next state.
+
+    Of the N C tokens, the first `length` are not padding.
+    """
+    query_norm, key_norm = query.norm(dim=-1, keepdim=True), key.norm(dim=-1)
+    if decay is not None:
+        elapsed = decay[:, None, None] * torch.arange(1, log_weight.shape[-1] + 1, device=key.device)[:, None]
+        query, key = query * (-elapsed[:, None]).exp(), key * elapsed.exp()
     # the running maximum a row sees: that of all earlier chunks, then of its own chunk up to itself
-    chunk_maxima, summaries = _summarise(key, log_weight, value)
+    chunk_maxima, summaries = _summarise(key, log_weight, value, key_norm)
     maxima = torch.cat([state.maximum[..., None], chunk_maxima], dim=-1)
     before = maxima.cummax(-1).values
     row_maximum = torch.maximum(before[..., :-1, None], log_weight.detach().cummax(-1).values)
@@ -160,7 +200,7 @@ def _block_sums(query, key, log_weight, value, state):
     visible = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
     weight = (log_weight[..., None, :] - row_scale[..., None]).masked_fill(~visible, -torch.inf).exp()
     scores = query @ key[:, :, None].transpose(-1, -2) * weight[:, :, None]
-    within_bound = (weight @ key.norm(dim=-1)[..., None])[:, :, None]
+    within_bound = (weight @ key_norm[..., None])[:, :, None]
 
     # states are prefix sums over chunks; a small triangular matrix rescales each chunk to the prefix's maximum
     count = maxima.shape[-1]
@@ -168,25 +208,39 @@ def _block_sums(query, key, log_weight, value, state):
     rescale = (maxima[..., None, :] - _finite(before)[..., None]).masked_fill(~lower, -torch.inf).exp()
     states = torch.cat([state.values[:, :, None], summaries.values], dim=2)
     norms = torch.cat([state.norms[:, :, None], summaries.norms], dim=2)
-    prefix = (rescale @ states.flatten(-2)).unflatten(-1, states.shape[-2:])
+    if decay is None:
+        prefix = (rescale @ states.flatten(-2)).unflatten(-1, states.shape[-2:])
+    else:
+        prefix = torch.einsum("bsnmf,bsmdf->bsndf", rescale[..., None] * _kept(decay, count, size, length), states)
     prefix_norm = (rescale @ norms[..., None]).squeeze(-1)
 
     carried = (before[..., :-1, None] - row_scale).exp()[:, :, None, ..., None]
     sums = scores @ value[:, :, None] + carried * (query @ prefix[:, :, None, :-1].transpose(-1, -2))
     bound = within_bound + carried * prefix_norm[:, :, None, :-1, None, None]
-    bound = bound * query.norm(dim=-1, keepdim=True)
+    bound = bound * query_norm
     maximum = row_maximum[:, :, None, ..., None].expand(bound.shape)
     # copies, because a view would keep the states of all chunks alive
     last = State(prefix[:, :, -1].clone(), prefix_norm[:, :, -1].clone(), before[..., -1].clone())
     return (sums, bound, maximum), last
 
 
-def _summarise(key, log_weight, value):
-    """Keys (..., T, F), log-weights (..., T), values (..., T, D + 1) -> their maxima (...) and `State`."""
+def _kept(decay, count, chunk, length):
+    """(S, N + 1, N + 1, F): what the states of `count` - 1 chunks, after the first, keep until the end of each chunk.
+
+    Chunk m's state stands as of the token before the chunk, the state before all chunks likewise.
+    """
+    ends = (torch.arange(count, device=decay.device) * chunk).clamp_max(length)
+    starts = torch.cat([ends[:1], ends[:-1]])
+    elapsed = (ends[:, None] - starts).clamp_min(0)
+    return (-decay[:, None, None] * elapsed[..., None]).exp()
+
+
+def _summarise(key, log_weight, value, key_norm):
+    """Keys (..., T, F), log-weights (..., T), values (..., T, D + 1), norms (..., T) -> maxima (...) and `State`."""
     maximum = log_weight.detach().amax(-1)
     weight = (log_weight - _finite(maximum)[..., None]).exp()
     values = value.transpose(-1, -2) @ (key * weight[..., None])
-    return maximum, State(values, (weight * key.norm(dim=-1)).sum(-1), maximum)
+    return maximum, State(values, (weight * key_norm).sum(-1), maximum)
 
 
 def _finite(maximum: torch.Tensor) -> torch.Tensor:

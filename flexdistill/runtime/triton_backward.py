@@ -20,9 +20,11 @@ from .triton_features import (
     feature_norm,
     features,
     finite,
+    forget,
     load_amplitude,
     load_frequencies,
     phases,
+    place_in_chunk,
 )
 from .triton_states import key_phases, load_rows, load_state, segment_bounds, store_state, valid_keys
 
@@ -62,15 +64,15 @@ def maximum_before(ROW_REFERENCE, rows, position, first):
 
 @triton.jit
 def query_states_kernel(
-    Q, W1, W2, AMPLITUDE, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, DELTA, D_OUT, VALUES, NORMS, MAXIMUM, SEGMENTS,
+    Q, W1, W2, AMPLITUDE, RATE, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, DELTA, D_OUT, VALUES, NORMS, MAXIMUM, SEGMENTS,
     q_batch, q_head, q_token, g_batch, g_head, g_token,
-    HEADS, LENGTH, SEGMENT_LENGTH, RECORDS,
+    HEADS, STATE_HEADS, LENGTH, SEGMENT_LENGTH, RECORDS,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr, CAUSAL: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The state of each segment's queries, for the gradients of all earlier keys.
+    """The state of each segment's queries, for the gradients of all earlier keys, as of the token before the segment.
 
     Record r is that of segment r + 1 in a causal layer, of segment r else.
     """
@@ -101,7 +103,11 @@ def query_states_kernel(
         phase, modulation = phases(query, w1, w2, NONSTATIONARY, PRECISION)
         if not HYPERBOLIC:
             norms -= tl.sum(bound_delta * feature_norm(modulation, shift, N, BLOCK_N, NONSTATIONARY), 0)
-        a, b = features(phase, modulation, shift, AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
+        age = (position - start + 1).to(tl.float32)
+        a, b = features(
+            phase, modulation, shift, AMPLITUDE, head, N, RATE, head // (HEADS // STATE_HEADS), age,
+            BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+        )  # fmt: skip
         a, b = a.to(DTYPE), b.to(DTYPE)
         mass_a = add_column_sums(mass_a, -delta, a, PRECISION)
         mass_b = add_column_sums(mass_b, -delta, b, PRECISION)
@@ -115,13 +121,13 @@ def query_states_kernel(
 
 @triton.jit
 def value_gradient_kernel(
-    Q, K, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR,
+    Q, K, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR, RATE,
     VALUES, NORMS, ROW_REFERENCE, ROW_SHIFT, D_OUT, D_V, FLAGS, SEGMENTS,
     q_batch, q_head, q_token, k_batch, k_head, k_token, g_batch, g_head, g_token,
     HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +160,13 @@ def value_gradient_kernel(
         )
     reference = tl.load(ROW_REFERENCE + rows + end - 1)
     place, columns = tl.arange(0, CHUNK), first_value + tl.arange(0, BLOCK_V)
+    age = place_in_chunk(CHUNK)
     chunks = tl.cdiv(end - start, CHUNK)
+    no_mass = tl.zeros((16, BLOCK_N), tl.float32)
+    if DECAY:
+        tokens = (end - start - (chunks - 1) * CHUNK - CHUNK // 2).to(tl.float32)
+        values_a, _ = forget(values_a, no_mass, RATE, state_head, 0, N, tokens, BLOCK_N)
+        values_b, _ = forget(values_b, no_mass, RATE, state_head, 1, N, tokens, BLOCK_N)
     for step in tl.range(0, chunks, num_stages=STAGES):
         chunk = start + (chunks - 1 - step) * CHUNK
         position = chunk + place
@@ -168,7 +180,10 @@ def value_gradient_kernel(
             q_shift = tl.load(ROW_SHIFT + rows + position, inside, float("inf"))
             references = tl.load(ROW_REFERENCE + rows + position, inside, float("inf"))
             phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
-            q_a, q_b = features(phase, modulation, q_shift, Q_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
+            q_a, q_b = features(
+                phase, modulation, q_shift, Q_AMPLITUDE, head, N, RATE, state_head, age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+            )  # fmt: skip
             lower = maximum_before(ROW_REFERENCE, rows, chunk, first)
             factors = tl.exp2(lower - finite(references))
             scaled_a, scaled_b = q_a, q_b
@@ -180,7 +195,10 @@ def value_gradient_kernel(
             BLOCK_N, HYPERBOLIC, NONSTATIONARY, PRECISION,
         )  # fmt: skip
         shift = finite(reference) - norm
-        k_a, k_b = features(phase, modulation, shift, K_AMPLITUDE, state_head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
+        k_a, k_b = features(
+            phase, modulation, shift, K_AMPLITUDE, state_head, N, RATE, state_head, -age,
+            BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+        )  # fmt: skip
         k_a, k_b = k_a.to(DTYPE), k_b.to(DTYPE)
         d_value = tl.dot(k_a, values_a.to(DTYPE), input_precision=PRECISION)
         d_value = tl.dot(k_b, values_b.to(DTYPE), d_value, input_precision=PRECISION)
@@ -190,8 +208,9 @@ def value_gradient_kernel(
             if EXACT:
                 own = tl.where(valid, largest - norm, 0.0)
                 k_a, k_b = features(
-                    phase, modulation, own, K_AMPLITUDE, state_head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
-                )
+                    phase, modulation, own, K_AMPLITUDE, state_head, N, RATE, state_head, -age,
+                    BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+                )  # fmt: skip
                 k_a, k_b = k_a.to(DTYPE), k_b.to(DTYPE)
             scores = tl.dot(k_a, tl.trans(q_a), input_precision=PRECISION)
             scores = tl.dot(k_b, tl.trans(q_b), scores, input_precision=PRECISION)
@@ -206,6 +225,9 @@ def value_gradient_kernel(
             before, after = (decay, 1.0) if EXACT else (1.0, decay)
             values_a = tl.dot(tl.trans(scaled_a), d_out, values_a * before, input_precision=PRECISION) * after
             values_b = tl.dot(tl.trans(scaled_b), d_out, values_b * before, input_precision=PRECISION) * after
+            if DECAY:
+                values_a, _ = forget(values_a, no_mass, RATE, state_head, 0, N, CHUNK * 1.0, BLOCK_N)
+                values_b, _ = forget(values_b, no_mass, RATE, state_head, 1, N, CHUNK * 1.0, BLOCK_N)
             reference = lower
         present = ((position < end) & (index >= first))[:, None] & (columns < DV)[None, :]
         target = D_V + index.to(tl.int64)[:, None] * DV + columns[None, :]
@@ -218,12 +240,13 @@ def map_gradient_kernel(
     x_batch, x_head, x_token, HEADS, MAP_HEADS, X_HEADS, LENGTH, SLICE, SLICES, SPAN,
     D: tl.constexpr, N: tl.constexpr, SCALE,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of SPAN tokens (B, H, T, d) from those of their features, and a program's share of the map's.
 
-    That share is W1, W2, amplitudes, norm factor and, last, the sum of all log features' gradients.
+    That share is W1, W2, amplitudes, norm factor, the sum of all log features' gradients and, where features decay, of
+    each feature that of positions times its gradients.
     """
     span, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // HEADS, pair % HEADS
@@ -231,12 +254,13 @@ def map_gradient_kernel(
     map_head = head // (HEADS // MAP_HEADS)
     D_FEATURES += pair.to(tl.int64) * LENGTH * 2 * N
     D_X += pair.to(tl.int64) * LENGTH * D
-    D_MAP += (pair * tl.num_programs(0) + span).to(tl.int64) * (2 * D * N + 2 * N + 2)
+    D_MAP += (pair * tl.num_programs(0) + span).to(tl.int64) * (2 * D * N + 2 * N + 2 + (2 * N if DECAY else 0))
     w1, w2 = load_frequencies(W1, W2, map_head, D, N, SCALE, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE)
     factor = tl.load(NORM_FACTOR + map_head)
     d_w1 = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     d_w2 = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     d_plus, d_minus = tl.zeros((16, BLOCK_N), tl.float32), tl.zeros((16, BLOCK_N), tl.float32)
+    moments_a, moments_b = tl.zeros((16, BLOCK_N), tl.float32), tl.zeros((16, BLOCK_N), tl.float32)
     d_factor, d_sum = 0.0, 0.0
     d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     for chunk in tl.range(span * SPAN, tl.minimum(span * SPAN + SPAN, LENGTH), CHUNK, num_stages=STAGES):
@@ -252,8 +276,16 @@ def map_gradient_kernel(
             d_b += tl.load(source + part * SLICE + N, mask, 0.0)
         if HYPERBOLIC:
             ones = tl.full((CHUNK,), 1.0, tl.float32)
-            d_plus = add_column_sums(d_plus, ones, d_a.to(DTYPE), PRECISION)
-            d_minus = add_column_sums(d_minus, ones, d_b.to(DTYPE), PRECISION)
+            none = tl.zeros((16, BLOCK_N), tl.float32)
+            sums_a = add_column_sums(none, ones, d_a.to(DTYPE), PRECISION)
+            sums_b = add_column_sums(none, ones, d_b.to(DTYPE), PRECISION)
+            d_plus += sums_a
+            d_minus += sums_b
+            if DECAY:
+                # places in a chunk are exact in bf16, positions are not
+                place = tl.arange(0, CHUNK).to(tl.float32)
+                moments_a = add_column_sums(moments_a + chunk * sums_a, place, d_a.to(DTYPE), PRECISION)
+                moments_b = add_column_sums(moments_b + chunk * sums_b, place, d_b.to(DTYPE), PRECISION)
             d_a, d_b = d_a.to(tl.float32), d_b.to(tl.float32)
             d_phase, d_modulation = d_a - d_b, d_a + d_b
             d_row = tl.sum(d_modulation, 1)
@@ -297,3 +329,6 @@ def map_gradient_kernel(
     tl.store(D_MAP + 2 * D * N + N + n, tl.max(d_minus, 0), n < N)
     tl.store(D_MAP + 2 * D * N + 2 * N, d_factor)
     tl.store(D_MAP + 2 * D * N + 2 * N + 1, d_sum)
+    if DECAY:
+        tl.store(D_MAP + 2 * D * N + 2 * N + 2 + n, tl.max(moments_a, 0), n < N)
+        tl.store(D_MAP + 2 * D * N + 3 * N + 2 + n, tl.max(moments_b, 0), n < N)

@@ -16,12 +16,15 @@ from .triton_features import (
     add_column_sums,
     feature_norm,
     finite,
+    forget,
     half_features,
     half_log_features,
     load_amplitude,
     load_frequencies,
     outer,
     phases,
+    place_in_chunk,
+    tokens_to_next,
 )
 from .triton_states import load_rows, segment_bounds, valid_keys
 
@@ -38,24 +41,28 @@ def load_half_state(VALUES, NORMS, record, half, first, DV, N, BLOCK_N: tl.const
 
 @triton.jit
 def own_features(
-    phase, modulation, half, amplitude, norm, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr
+    phase, modulation, half, amplitude, norm, N, RATE, rate_head, age,
+    BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """One half of the features of a chunk of keys, each relative to its own largest, and log2 of what they weigh."""
     shift = tl.zeros_like(norm)
     if HYPERBOLIC:
         shift = tl.max(half_log_features(phase, modulation, half, amplitude, NONSTATIONARY), 1)
-    return half_features(phase, modulation, half, shift, amplitude, HYPERBOLIC, NONSTATIONARY), norm + shift
+    x = half_features(
+        phase, modulation, half, shift, amplitude, N, RATE, rate_head, age, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY
+    )
+    return x, norm + shift
 
 
 @triton.jit
 def query_gradient_kernel(
-    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR,
+    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR, RATE,
     VALUES, NORMS, MAXIMUM, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, DELTA, D_OUT, D_FEATURES, FLAGS, SEGMENTS,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, g_batch, g_head, g_token,
     HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +100,9 @@ def query_gradient_kernel(
             VALUES, NORMS, state_pair * RECORDS + record, half, first_value, DV, N, BLOCK_N, BLOCK_V
         )
         maximum = tl.load(MAXIMUM + state_pair * RECORDS + record)
-    place, n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
+    if DECAY:
+        values, mass = forget(values, mass, RATE, state_head, half, N, CHUNK // 2 * 1.0, BLOCK_N)
+    place, n, age = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N), place_in_chunk(CHUNK)
     for chunk in tl.range(start, end, CHUNK, num_stages=STAGES):
         position = chunk + place
         inside = position < end
@@ -111,10 +120,16 @@ def query_gradient_kernel(
             phase, modulation = phases(key, k_w1, k_w2, NONSTATIONARY, PRECISION)
             amplitude = load_amplitude(K_AMPLITUDE, state_head, half, N, BLOCK_N, HYPERBOLIC)
             if EXACT:
-                exact, weight = own_features(phase, modulation, half, amplitude, norm, HYPERBOLIC, NONSTATIONARY)
+                exact, weight = own_features(
+                    phase, modulation, half, amplitude, norm, N, RATE, state_head, -age,
+                    BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+                )  # fmt: skip
                 exact = exact.to(DTYPE)
             shift = finite(reference) - norm
-            k_x = half_features(phase, modulation, half, shift, amplitude, HYPERBOLIC, NONSTATIONARY)
+            k_x = half_features(
+                phase, modulation, half, shift, amplitude, N, RATE, state_head, -age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+            )  # fmt: skip
             k_x = k_x.to(DTYPE)
             if not HYPERBOLIC:
                 k_norm = feature_norm(modulation, tl.zeros_like(norm), N, BLOCK_N, NONSTATIONARY)
@@ -135,6 +150,9 @@ def query_gradient_kernel(
             decay = tl.exp2(maximum - finite(reference))
             values = tl.dot(tl.trans(k_x), value, values * decay, input_precision=PRECISION)
             mass = add_column_sums(mass * decay, tl.full((CHUNK,), 1.0, tl.float32), k_x, PRECISION)
+            if DECAY:
+                tokens = tokens_to_next(chunk, end, CHUNK)
+                values, mass = forget(values, mass, RATE, state_head, half, N, tokens, BLOCK_N)
             if not HYPERBOLIC:
                 weights = tl.where(causal, norm[None, :], float("-inf")) - finite(references)[:, None]
                 d_norm += tl.sum(tl.exp2(weights) * k_norm[None, :], 1)
@@ -145,11 +163,17 @@ def query_gradient_kernel(
         phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
         amplitude = load_amplitude(Q_AMPLITUDE, head, half, N, BLOCK_N, HYPERBOLIC)
         if HYPERBOLIC:
-            d_x *= half_features(phase, modulation, half, shift, amplitude, HYPERBOLIC, NONSTATIONARY)
+            d_x *= half_features(
+                phase, modulation, half, shift, amplitude, N, RATE, state_head, age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+            )  # fmt: skip
         else:
             scale = tl.exp2(-shift)
             d_x = d_x * scale[:, None]
-            x = half_features(phase, modulation, half, tl.zeros_like(shift), amplitude, HYPERBOLIC, NONSTATIONARY)
+            x = half_features(
+                phase, modulation, half, tl.zeros_like(shift), amplitude, N, RATE, state_head, age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, False,
+            )  # fmt: skip
             length = feature_norm(modulation, tl.zeros_like(shift), N, BLOCK_N, NONSTATIONARY)
             d_x -= (d_norm * scale * bound_delta / tl.where(length == 0, 1.0, length))[:, None] * x
         target = D_FEATURES + position.to(tl.int64)[:, None] * 2 * N + n[None, :]
@@ -158,13 +182,13 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_gradient_kernel(
-    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR,
+    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR, RATE,
     VALUES, NORMS, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, DELTA, D_OUT, D_FEATURES, FLAGS, SEGMENTS,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, g_batch, g_head, g_token,
     HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -202,8 +226,11 @@ def key_gradient_kernel(
     # sums of deltas, like the deltas themselves, count for one slice of values only
     mass, norms = tl.where(first_value == 0, mass, 0.0), tl.where(first_value == 0, norms, 0.0)
     reference = tl.load(ROW_REFERENCE + rows + end - 1)
-    place, n = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N)
+    place, n, age = tl.arange(0, CHUNK), tl.arange(0, BLOCK_N), place_in_chunk(CHUNK)
     chunks = tl.cdiv(end - start, CHUNK)
+    if DECAY:
+        tokens = (end - start - (chunks - 1) * CHUNK - CHUNK // 2).to(tl.float32)
+        values, mass = forget(values, mass, RATE, state_head, half, N, tokens, BLOCK_N)
     for step in tl.range(0, chunks, num_stages=STAGES):
         chunk = start + (chunks - 1 - step) * CHUNK
         position = chunk + place
@@ -225,7 +252,10 @@ def key_gradient_kernel(
             delta, bound_delta = load_delta(DELTA, ROW_GUARDED, rows + position, inside, first_value, GUARD, HYPERBOLIC)
             phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
             amplitude = load_amplitude(Q_AMPLITUDE, head, half, N, BLOCK_N, HYPERBOLIC)
-            q_x = half_features(phase, modulation, half, q_shift, amplitude, HYPERBOLIC, NONSTATIONARY)
+            q_x = half_features(
+                phase, modulation, half, q_shift, amplitude, N, RATE, state_head, age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+            )  # fmt: skip
             lower = maximum_before(ROW_REFERENCE, rows, chunk, first)
             decay, factors = tl.exp2(lower - finite(reference)), tl.exp2(lower - finite(references))
             if not HYPERBOLIC:
@@ -245,6 +275,8 @@ def key_gradient_kernel(
                 values = tl.dot(tl.trans(q_x), d_out, values, input_precision=PRECISION) * decay
                 d_scores = tl.where(causal, d_scores, 0.0)
                 d_x = tl.dot(d_scores.to(DTYPE), q_x, d_x, input_precision=PRECISION)
+            if DECAY:
+                values, mass = forget(values, mass, RATE, state_head, half, N, CHUNK * 1.0, BLOCK_N)
             if not HYPERBOLIC:
                 weights = tl.where(causal, norm[:, None], float("-inf")) - finite(references)[None, :]
                 d_norm -= tl.sum(tl.exp2(weights) * q_norm[None, :], 1)
@@ -253,18 +285,27 @@ def key_gradient_kernel(
         phase, modulation = phases(key, k_w1, k_w2, NONSTATIONARY, PRECISION)
         amplitude = load_amplitude(K_AMPLITUDE, state_head, half, N, BLOCK_N, HYPERBOLIC)
         if HYPERBOLIC:
-            d_x *= half_features(phase, modulation, half, shift, amplitude, HYPERBOLIC, NONSTATIONARY)
+            d_x *= half_features(
+                phase, modulation, half, shift, amplitude, N, RATE, state_head, -age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+            )  # fmt: skip
         else:
             d_x *= tl.exp2(-shift)[:, None]
         if EXACT:
-            own, weight = own_features(phase, modulation, half, amplitude, norm, HYPERBOLIC, NONSTATIONARY)
+            own, weight = own_features(
+                phase, modulation, half, amplitude, norm, N, RATE, state_head, -age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+            )  # fmt: skip
             weights = tl.where(causal, weight[:, None], float("-inf")) - finite(references)[None, :]
             d_own = tl.dot((d_scores * tl.exp2(weights)).to(DTYPE), q_x, input_precision=PRECISION)
             if HYPERBOLIC:
                 d_own *= own
             d_x += d_own
         if not HYPERBOLIC:
-            x = half_features(phase, modulation, half, tl.zeros_like(norm), amplitude, HYPERBOLIC, NONSTATIONARY)
+            x = half_features(
+                phase, modulation, half, tl.zeros_like(norm), amplitude, N, RATE, state_head, age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, False,
+            )  # fmt: skip
             length = feature_norm(modulation, tl.zeros_like(norm), N, BLOCK_N, NONSTATIONARY)
             d_x += (d_norm / tl.where(length == 0, 1.0, length))[:, None] * x
         present = ((position < end) & (index >= first))[:, None] & (n < N)[None, :]

@@ -16,6 +16,7 @@ from .triton_features import (
     feature_norm,
     features,
     finite,
+    forgotten,
     largest_log_feature,
     load_frequencies,
     phases,
@@ -31,14 +32,14 @@ def pick(x, chosen):
 
 @triton.jit
 def decode_kernel(
-    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR,
+    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR, RATE,
     VALUES, NORMS, MAXIMUM, OUT, GUARDED,
     q_batch, q_head, k_batch, k_head, v_batch, v_head,
     BATCH, HEADS, STATE_HEADS, KV_HEADS,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr,
-    GROUP: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, MASKED: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr,
+    MASKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One token of SEQUENCES sequences: queries (B, H, d), keys (B, K, d), values (B, K, D).
 
@@ -63,7 +64,13 @@ def decode_kernel(
     new = tl.maximum(maximum, largest)
     decay = tl.exp2(maximum - finite(new))
     shift = finite(new) - norm
-    k_a, k_b = features(phase, modulation, shift, K_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
+    # a token's own features are as of now; what the state keeps of earlier ones is less by a token's decay
+    now = tl.zeros((ROWS,), tl.float32)
+    k_a, k_b = features(
+        phase, modulation, shift, K_AMPLITUDE, head, N, RATE, head, now, BLOCK_N, HYPERBOLIC, NONSTATIONARY, False
+    )
+    if DECAY:
+        kept_a, kept_b = forgotten(RATE, head, 0, N, 1.0, BLOCK_N), forgotten(RATE, head, 1, N, 1.0, BLOCK_N)
     tl.store(MAXIMUM + states, (new - state_unit(N, HYPERBOLIC)) * LN2, inside)
     if not HYPERBOLIC:
         norms = tl.load(NORMS + states, inside, 0.0) * decay
@@ -83,7 +90,10 @@ def decode_kernel(
         scale = tl.zeros((ROWS,), tl.float32)
         if HYPERBOLIC:
             scale = largest_log_feature(phase, modulation, Q_AMPLITUDE, q_head_index, N, BLOCK_N, NONSTATIONARY)
-        q_a, q_b = features(phase, modulation, scale, Q_AMPLITUDE, q_head_index, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
+        q_a, q_b = features(
+            phase, modulation, scale, Q_AMPLITUDE, q_head_index, N, RATE, head, now,
+            BLOCK_N, HYPERBOLIC, NONSTATIONARY, False,
+        )  # fmt: skip
         least = tl.zeros((ROWS,), tl.float32) + GUARD
         if not HYPERBOLIC:
             least = GUARD * norms * feature_norm(modulation, scale, N, BLOCK_N, NONSTATIONARY)
@@ -101,6 +111,9 @@ def decode_kernel(
                     kept = tl.sum(tl.where(chosen, decay, 0.0), 0)
                     value = V + (first + sequence).to(tl.int64) * v_batch + kv_head * v_head
                     value = tl.load(value + d, d < DV, 0.0).to(tl.float32)
+                    if DECAY:
+                        values_a, values_b = values_a * kept_a[None, :], values_b * kept_b[None, :]
+                        mass_a, mass_b = mass_a * kept_a, mass_b * kept_b
                     values_a = values_a * kept + value[:, None] * new_a[None, :]
                     values_b = values_b * kept + value[:, None] * new_b[None, :]
                     mass_a, mass_b = mass_a * kept + new_a, mass_b * kept + new_b

@@ -2,6 +2,10 @@
 
 Everything exponential is in units of log 2, so that the hardware's exp2 serves. A feature map returns the two halves of
 a token's features apart: exp(+W1 x) and exp(-W1 x), or cosine and sine. Tokens are rows and frequencies columns.
+
+Features that decay are relative to the middle of their chunk: the queries' shrink and the keys' grow with their place
+in it, at most by exp(32). A state stands, while its program walks, as of the middle of the chunk, and in memory as of
+its last token; `forget` takes it from one to the other.
 """
 
 try:
@@ -52,6 +56,38 @@ def load_amplitude(AMPLITUDE, head, half, N, BLOCK_N: tl.constexpr, HYPERBOLIC: 
 
 
 @triton.jit
+def load_rate(RATE, head, half, N, BLOCK_N: tl.constexpr):
+    """How fast one half of the features forgets, in log2 per token: (N,)."""
+    n = tl.arange(0, BLOCK_N)
+    return tl.load(RATE + (head * 2 + half) * N + n, n < N, 0.0) * LOG2E
+
+
+@triton.jit
+def forgotten(RATE, head, half, N, tokens, BLOCK_N: tl.constexpr):
+    """What one half of the features keeps over a number of tokens: (N,)."""
+    return tl.exp2(-tokens * load_rate(RATE, head, half, N, BLOCK_N))
+
+
+@triton.jit
+def forget(values, mass, RATE, head, half, N, tokens, BLOCK_N: tl.constexpr):
+    """One half of a state (N, V), and of its mass (16, N), a number of tokens later."""
+    kept = forgotten(RATE, head, half, N, tokens, BLOCK_N)
+    return values * kept[:, None], mass * kept[None, :]
+
+
+@triton.jit
+def place_in_chunk(CHUNK: tl.constexpr):
+    """Tokens since the one that a chunk's decaying features are relative to."""
+    return tl.arange(0, CHUNK) + (1.0 - CHUNK // 2)
+
+
+@triton.jit
+def tokens_to_next(chunk, end, CHUNK: tl.constexpr):
+    """From the middle of a chunk to that of the next, or from the last chunk's to the last token."""
+    return tl.where(chunk + CHUNK < end, CHUNK, end - chunk - CHUNK // 2).to(tl.float32)
+
+
+@triton.jit
 def phases(
     x, w1, w2, NONSTATIONARY: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -79,10 +115,10 @@ def largest_log_feature(
 
 @triton.jit
 def features(
-    phase, modulation, shift, AMPLITUDE, head, N,
-    BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr,
+    phase, modulation, shift, AMPLITUDE, head, N, RATE, rate_head, age,
+    BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of the features in float32, multiplied by exp2(-shift) per token.
+    """Both halves of the features in float32, multiplied by exp2(-shift) per token, and decayed over its `age`.
 
     The hyperbolic ones are exp2(+-phase + |modulation|) times the bracket (1 + exp2(-2 |modulation|)) / 2, for cosh.
     Amplitudes are loaded for every chunk anew, because as vectors along rows they would take many registers for good.
@@ -91,8 +127,12 @@ def features(
     if HYPERBOLIC:
         minus = load_amplitude(AMPLITUDE, head, 1, N, BLOCK_N, HYPERBOLIC)
         envelope = tl.abs(modulation) - shift[:, None] if NONSTATIONARY else -shift[:, None]
-        a = tl.exp2(envelope + phase + plus[None, :])
-        b = tl.exp2(envelope - phase + minus[None, :])
+        a = envelope + phase + plus[None, :]
+        b = envelope - phase + minus[None, :]
+        if DECAY:
+            a -= age[:, None] * load_rate(RATE, rate_head, 0, N, BLOCK_N)[None, :]
+            b -= age[:, None] * load_rate(RATE, rate_head, 1, N, BLOCK_N)[None, :]
+        a, b = tl.exp2(a), tl.exp2(b)
         if NONSTATIONARY:
             bracket = 0.5 + 0.5 * tl.exp2(-2.0 * tl.abs(modulation))
             a, b = a * bracket, b * bracket
@@ -113,11 +153,15 @@ def half_log_features(phase, modulation, half, amplitude, NONSTATIONARY: tl.cons
 
 @triton.jit
 def half_features(
-    phase, modulation, half, shift, amplitude, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr
+    phase, modulation, half, shift, amplitude, N, RATE, rate_head, age,
+    BLOCK_N: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """One half of the features, multiplied by exp2(-shift) per token."""
+    """One half of the features, multiplied by exp2(-shift) per token, and decayed over its `age`."""
     if HYPERBOLIC:
-        x = tl.exp2(half_log_features(phase, modulation, half, amplitude, NONSTATIONARY) - shift[:, None])
+        x = half_log_features(phase, modulation, half, amplitude, NONSTATIONARY) - shift[:, None]
+        if DECAY:
+            x -= age[:, None] * load_rate(RATE, rate_head, half, N, BLOCK_N)[None, :]
+        x = tl.exp2(x)
         if NONSTATIONARY:
             x *= 0.5 + 0.5 * tl.exp2(-2.0 * tl.abs(modulation))
     else:

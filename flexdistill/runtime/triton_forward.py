@@ -19,10 +19,13 @@ from .triton_features import (
     feature_norm,
     features,
     finite,
+    forget,
     largest_log_feature,
     load_frequencies,
     phases,
+    place_in_chunk,
     times_row,
+    tokens_to_next,
 )
 from .triton_states import key_phases, load_rows, load_state, segment_bounds, state_unit, store_state, valid_keys
 
@@ -35,16 +38,16 @@ NEGLIGIBLE_SPREAD = tl.constexpr(8.0)
 
 @triton.jit
 def outputs_kernel(
-    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, Q_NORM_FACTOR, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR, GATE,
-    VALUES, NORMS, MAXIMUM, INITIAL_VALUES, INITIAL_NORMS, INITIAL_MAXIMUM,
+    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, Q_NORM_FACTOR, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR, RATE,
+    GATE, VALUES, NORMS, MAXIMUM, INITIAL_VALUES, INITIAL_NORMS, INITIAL_MAXIMUM,
     FINAL_VALUES, FINAL_NORMS, FINAL_MAXIMUM, NEAR, NEAR_LSE,
     OUT, ROW_REFERENCE, ROW_SHIFT, ROW_GUARDED, ROW_LSE, FLAGS, SEGMENTS,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     HEADS, STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
     EXACT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Normalised outputs of one segment of queries, and what the backward pass needs of each row.
@@ -95,9 +98,12 @@ def outputs_kernel(
                 INITIAL_VALUES, INITIAL_NORMS, state_pair, first_value, DV, N, BLOCK_N, BLOCK_V
             )
             maximum = tl.load(INITIAL_MAXIMUM + state_pair) * LOG2E + state_unit(N, HYPERBOLIC)
+    if DECAY:
+        values_a, mass_a = forget(values_a, mass_a, RATE, state_head, 0, N, CHUNK // 2 * 1.0, BLOCK_N)
+        values_b, mass_b = forget(values_b, mass_b, RATE, state_head, 1, N, CHUNK // 2 * 1.0, BLOCK_N)
 
     flag = start * 0
-    place = tl.arange(0, CHUNK)
+    place, age = tl.arange(0, CHUNK), place_in_chunk(CHUNK)
     for chunk in tl.range(start, end, CHUNK, num_stages=STAGES):
         position = chunk + place
         inside = position < end
@@ -114,14 +120,16 @@ def outputs_kernel(
             new = tl.maximum(maximum, tl.max(largest, 0))
             shift = finite(new) - norm
             k_a, k_b = features(
-                phase, modulation, shift, K_AMPLITUDE, state_head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
-            )
+                phase, modulation, shift, K_AMPLITUDE, state_head, N, RATE, state_head, -age,
+                BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+            )  # fmt: skip
             k_a, k_b = k_a.to(DTYPE), k_b.to(DTYPE)
             if EXACT:
                 own = tl.where(valid, largest - norm, 0.0)
                 own_a, own_b = features(
-                    phase, modulation, own, K_AMPLITUDE, state_head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY
-                )
+                    phase, modulation, own, K_AMPLITUDE, state_head, N, RATE, state_head, -age,
+                    BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+                )  # fmt: skip
                 own_a, own_b = own_a.to(DTYPE), own_b.to(DTYPE)
             if not HYPERBOLIC:
                 k_norm = feature_norm(modulation, tl.zeros_like(norm), N, BLOCK_N, NONSTATIONARY)
@@ -129,7 +137,10 @@ def outputs_kernel(
         q_scale = tl.zeros((CHUNK,), tl.float32)
         if HYPERBOLIC:
             q_scale = largest_log_feature(phase, modulation, Q_AMPLITUDE, head, N, BLOCK_N, NONSTATIONARY)
-        q_a, q_b = features(phase, modulation, q_scale, Q_AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
+        q_a, q_b = features(
+            phase, modulation, q_scale, Q_AMPLITUDE, head, N, RATE, state_head, age,
+            BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY,
+        )  # fmt: skip
         q_a, q_b = q_a.to(DTYPE), q_b.to(DTYPE)
         if not HYPERBOLIC:
             q_norm = feature_norm(modulation, q_scale, N, BLOCK_N, NONSTATIONARY)
@@ -169,6 +180,10 @@ def outputs_kernel(
             ones = tl.full((CHUNK,), 1.0, tl.float32)
             mass_a = add_column_sums(mass_a * decay, ones, k_a, PRECISION)
             mass_b = add_column_sums(mass_b * decay, ones, k_b, PRECISION)
+            if DECAY:
+                tokens = tokens_to_next(chunk, end, CHUNK)
+                values_a, mass_a = forget(values_a, mass_a, RATE, state_head, 0, N, tokens, BLOCK_N)
+                values_b, mass_b = forget(values_b, mass_b, RATE, state_head, 1, N, tokens, BLOCK_N)
             if not HYPERBOLIC:
                 weights = tl.exp2(tl.where(causal, norm[None, :], float("-inf")) - finite(reference)[:, None])
                 bound = bound * carried + tl.sum(weights * k_norm[None, :], 1)

@@ -17,9 +17,12 @@ from .triton_features import (
     feature_norm,
     features,
     finite,
+    forget,
     largest_log_feature,
     load_frequencies,
     phases,
+    place_in_chunk,
+    tokens_to_next,
 )
 
 
@@ -108,14 +111,14 @@ def state_unit(N, HYPERBOLIC: tl.constexpr):
 
 @triton.jit
 def states_kernel(
-    K, V, VISIBLE, W1, W2, AMPLITUDE, NORM_FACTOR, INITIAL_VALUES, INITIAL_NORMS, INITIAL_MAXIMUM,
+    K, V, VISIBLE, W1, W2, AMPLITUDE, NORM_FACTOR, RATE, INITIAL_VALUES, INITIAL_NORMS, INITIAL_MAXIMUM,
     VALUES, NORMS, MAXIMUM, SEGMENTS,
     k_batch, k_head, k_token, v_batch, v_head, v_token,
     STATE_HEADS, KV_HEADS, LENGTH, KEYS, SEGMENT_LENGTH, RECORDS, DELAY,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, MASKED: tl.constexpr, INITIAL: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr, MASKED: tl.constexpr,
+    INITIAL: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The state of each segment's keys alone; that of the first starts from the initial state."""
     segment, pair, first_value = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_V
@@ -137,6 +140,10 @@ def states_kernel(
                 INITIAL_VALUES, INITIAL_NORMS, pair, first_value, DV, N, BLOCK_N, BLOCK_V
             )
             maximum = tl.load(INITIAL_MAXIMUM + pair) * LOG2E + state_unit(N, HYPERBOLIC)
+            if DECAY:
+                values_a, mass_a = forget(values_a, mass_a, RATE, head, 0, N, CHUNK // 2 * 1.0, BLOCK_N)
+                values_b, mass_b = forget(values_b, mass_b, RATE, head, 1, N, CHUNK // 2 * 1.0, BLOCK_N)
+    age = -place_in_chunk(CHUNK)
     for chunk in tl.range(start, end, CHUNK, num_stages=STAGES):
         position = chunk + tl.arange(0, CHUNK)
         index = position - DELAY
@@ -148,7 +155,9 @@ def states_kernel(
         )
         new = tl.maximum(maximum, tl.max(largest, 0))
         shift = finite(new) - norm
-        a, b = features(phase, modulation, shift, AMPLITUDE, head, N, BLOCK_N, HYPERBOLIC, NONSTATIONARY)
+        a, b = features(
+            phase, modulation, shift, AMPLITUDE, head, N, RATE, head, age, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DECAY
+        )
         decay = tl.exp2(maximum - finite(new))
         a, b = a.to(DTYPE), b.to(DTYPE)
         ones = tl.full((CHUNK,), 1.0, tl.float32)
@@ -156,6 +165,10 @@ def states_kernel(
         mass_b = add_column_sums(mass_b * decay, ones, b, PRECISION)
         values_a = tl.dot(tl.trans(a), value, values_a * decay, input_precision=PRECISION)
         values_b = tl.dot(tl.trans(b), value, values_b * decay, input_precision=PRECISION)
+        if DECAY:
+            tokens = tokens_to_next(chunk, end, CHUNK)
+            values_a, mass_a = forget(values_a, mass_a, RATE, head, 0, N, tokens, BLOCK_N)
+            values_b, mass_b = forget(values_b, mass_b, RATE, head, 1, N, tokens, BLOCK_N)
         if not HYPERBOLIC:
             norms = norms * decay + tl.sum(feature_norm(modulation, shift, N, BLOCK_N, NONSTATIONARY), 0)
         maximum = new
@@ -167,8 +180,8 @@ def states_kernel(
 
 @triton.jit
 def scan_kernel(
-    VALUES, NORMS, MAXIMUM, RUNNING, SEGMENTS, SIZE, RECORDS,
-    BLOCK: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    VALUES, NORMS, MAXIMUM, RUNNING, SEGMENTS, RATE, HEADS, STATE_HEADS, SIZE, FEATURES, SEGMENT_LENGTH, RECORDS,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """Running sums over segments' records (pairs, RECORDS, SIZE), in place, each scaled to its own maximum.
 
@@ -177,6 +190,9 @@ def scan_kernel(
     """
     pair, offsets = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     carry = tl.zeros((BLOCK,), tl.float32)
+    if DECAY:
+        rates = RATE + pair % HEADS // (HEADS // STATE_HEADS) * FEATURES + offsets % FEATURES
+        rate = tl.load(rates, offsets < SIZE, 0.0) * LOG2E
     norms, carried = 0.0, float("-inf")
     for step in range(RECORDS):
         record = RECORDS - 1 - step if REVERSE else step
@@ -199,6 +215,12 @@ def scan_kernel(
             new = tl.maximum(carried, own)
             decay, weight = tl.exp2(carried - finite(new)), tl.exp2(own - finite(new))
         decay = tl.where(starts, 0.0, decay)
+        if DECAY:
+            tokens = SEGMENT_LENGTH
+            if PACKED:
+                row = SEGMENTS + 3 * (record + 1 if REVERSE else record)
+                tokens = tl.load(row + 1) - tl.load(row)
+            carry *= tl.exp2(-tokens * rate)
         carry = carry * decay + x * weight
         tl.store(target, carry, offsets < SIZE)
         if tl.program_id(1) == 0:

@@ -12,8 +12,11 @@ SCALING = HEAD_DIM**-0.5
 
 HORIZON = 8192
 CAUSAL_KERNELS = [pair for pair in kernels() if feature_map_class(*pair).causal_safe]
-# one of each form that attention takes: positive and signed, with log scales and without
+# a variant's name with this at its end is that variant with features that decay
+DECAY = "+decay"
+# one of each form that attention takes: positive and signed, with log scales and without, decaying or not
 FORMS = [pair for pair in kernels() if pair[0] in ("nonstationary", "stationary", "hedgehog")]
+FORMS += [("nonstationary+decay", "hyperbolic"), ("hedgehog+decay", None)]
 
 
 def _over(pairs):
@@ -28,6 +31,7 @@ every_key_heads = pytest.mark.parametrize("key_heads", ["query", "kv"])
 
 
 def kernel_spec(variant: str, component: str | None, **changes) -> KernelSpec:
+    decay, variant = variant.endswith(DECAY), variant.removesuffix(DECAY)
     kind = feature_map_class(variant, component)
     settings = dict(
         num_heads=HEADS,
@@ -38,6 +42,7 @@ def kernel_spec(variant: str, component: str | None, **changes) -> KernelSpec:
         causal=kind.causal_safe,
         matrix=next(iter(kind.matrices), None),
         horizon=HORIZON if kind.has_horizon else None,
+        decay=decay and changes.get("causal", True),
     )
     return KernelSpec(variant, component, **settings | changes)
 

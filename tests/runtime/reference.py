@@ -64,9 +64,15 @@ def reference_attention(
             )
             log_features = torch.cat([envelope + phase, envelope - phase], -1) + of(prefix, "log_amplitude")[:, None]
             logarithms.append(log_features - 0.5 * torch.log(phase.new_tensor(2.0 * phase.shape[-1])))
+        decay = torch.zeros(heads, logarithms[0].shape[-1], dtype=torch.float64, device=query.device)
+        if spec.decay:
+            decay = (5 * parameters["decay"]).sigmoid()
+            decay = decay.repeat_interleave(heads // decay.shape[0], 0)
+        elapsed = (distance - spec.window).clamp_min(0)[..., None]
         log_scores = torch.stack(
             [
-                torch.logsumexp(logarithms[0][:, :, i, None] + logarithms[1], -1) + factor * key.square().sum(-1)
+                torch.logsumexp(logarithms[0][:, :, i, None] + logarithms[1] - elapsed[i] * decay[:, None], -1)
+                + factor * key.square().sum(-1)
                 for i in range(length)
             ],
             dim=2,

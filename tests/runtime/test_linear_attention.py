@@ -286,7 +286,7 @@ def random_features(length, spread, seed=0, dtype=torch.float32):
     log_weight = (torch.rand(1, 2, length, generator=generator) * 2 - 1) * spread
     value = torch.randn(1, 2, length, 3, generator=generator)
     features = Features(query, torch.zeros(1, 2, length), key, log_weight)
-    return Features(*(x.to(dtype) for x in vars(features).values())), value.to(dtype)
+    return Features(*(None if x is None else x.to(dtype) for x in vars(features).values())), value.to(dtype)
 
 
 @pytest.mark.parametrize("spread", [1, 60, 300])
