@@ -59,7 +59,10 @@ class SplitModel:
 
 
 def backward_in_pieces(
-    hidden: torch.Tensor, piece: int, loss: Callable[[torch.Tensor, slice], torch.Tensor]
+    hidden: torch.Tensor,
+    piece: int,
+    loss: Callable[[torch.Tensor, slice], torch.Tensor],
+    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
 ) -> torch.Tensor:
     """Differentiates a loss that is a sum over positions, holding one piece of the head's work at a time.
 
@@ -67,6 +70,7 @@ def backward_in_pieces(
         hidden: (N, E), part of a graph.
         piece: positions per piece.
         loss: maps (hidden[slice], slice) to a scalar.
+        scale: what is differentiated in the place of a scalar.
 
     Returns:
         the loss, detached; gradients have been added to all leaves behind `hidden` and in the head.
@@ -76,7 +80,7 @@ def backward_in_pieces(
     for start in range(0, len(leaf), piece):
         part = slice(start, start + piece)
         value = loss(leaf[part], part)
-        value.backward()
+        scale(value).backward()
         total += value.detach()
     hidden.backward(leaf.grad)
     return total

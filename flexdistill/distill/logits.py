@@ -57,6 +57,7 @@ class LogitDistillation:
         groups = [{"params": list(trained.values()), "lr": rate} for trained, rate in rates if trained]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.clip_groups = [list(self._trained.values())]
+        self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self._trained
@@ -72,7 +73,7 @@ class LogitDistillation:
         mask = torch.ones_like(sequences, dtype=torch.bool).flatten()
         labels = next_tokens(sequences).flatten()
         # sums are divided by the number of positions, of which the last has no label
-        positions_per_label = len(labels) / int((labels != -100).sum())
+        positions_per_label = len(labels) / (labels != -100).sum()
         parts = {"kl": 0.0}
         with self.accelerator.autocast():
             with torch.no_grad(), self._as_teacher():
@@ -91,7 +92,7 @@ class LogitDistillation:
                 parts["label_loss"] = parts.get("label_loss", 0.0) + label.detach()
                 return (1 - recipe.label_weight) * kl + recipe.label_weight * label
 
-            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss)
+            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss, self.scaler.scale)
         return StepLosses(total, mask.sum(), parts)
 
     def blame(self, sequences: torch.Tensor) -> str:

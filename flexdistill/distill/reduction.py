@@ -1,0 +1,99 @@
+"""Sums over processes: the gradients of a step and its losses.
+
+Not DistributedDataParallel, which averages where a step divides a sum by a global count, hooks a forward pass that
+attention transfer runs without gradients, and would reduce after every backward pass: a step has one per layer, or one
+per piece of the head. Flat sums need neither hooks nor copies. They do not overlap with the backward pass, which would
+gain little: a step's gradients are read and written once by the link, while the step reads the weights for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .stage import StepLosses
+
+
+class Gradients:
+    """The gradients of some parameters, which every process holds whole, or FSDP shards and sums itself.
+
+    Args:
+        parameters: their `grad` becomes a view of one flat buffer per dtype, where it is not sharded.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], accelerator: Accelerator):
+        self._several = accelerator.num_processes > 1
+        self._parameters = list(parameters)
+        self._sharded = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
+        whole = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
+        self._buffers = []
+        for dtype in dict.fromkeys(parameter.dtype for parameter in whole):
+            alike = [parameter for parameter in whole if parameter.dtype == dtype]
+            buffer = torch.zeros(sum(p.numel() for p in alike), dtype=dtype, device=alike[0].device)
+            for parameter, part in zip(alike, buffer.split([p.numel() for p in alike]), strict=True):
+                parameter.grad = part.view_as(parameter)
+            self._buffers.append(buffer)
+
+    @property
+    def are_sharded(self) -> bool:
+        return bool(self._sharded)
+
+    def zero(self) -> None:
+        """Forgets what backward passes have added."""
+        for buffer in self._buffers:
+            buffer.zero_()
+        for parameter in self._sharded:
+            parameter.grad = None
+
+    def average(self, count: torch.Tensor) -> None:
+        """Sums over processes, divided by the scalar `count` of all of them."""
+        for buffer in self._buffers:
+            if self._several:
+                torch.distributed.all_reduce(buffer)
+            buffer.div_(count)
+        gradients = [parameter.grad for parameter in self._sharded if parameter.grad is not None]
+        if gradients:
+            torch._foreach_div_([gradient.to_local() for gradient in gradients], count.to(gradients[0].to_local().device))
+
+    def clip(self, groups: list[list[nn.Parameter]], norm: float) -> torch.Tensor:
+        """Scales each group down to a norm of at most `norm`; returns the norm of all of them before, a scalar."""
+        norms = [torch.nn.utils.clip_grad_norm_(group, norm) for group in groups]
+        return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).square().sum().sqrt()
+
+    def release(self) -> None:
+        """Frees the memory."""
+        self._buffers = []
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+class LossReduction:
+    """Sums a step's losses over processes by one small reduction, and without waiting for the device."""
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._names: list[str] | None = None
+
+    def __call__(self, losses: StepLosses | None) -> StepLosses:
+        """The sums as float64; a process that had no rows of the step's batch brings None."""
+        several = self._accelerator.num_processes > 1
+        if self._names is None:
+            self._names = self._agree(losses) if several else list(losses.parts)
+        sums = torch.zeros(2 + len(self._names), dtype=torch.float64, device=self._accelerator.device)
+        if losses is not None:
+            values = [losses.total, losses.count, *(losses.parts[name] for name in self._names)]
+            sums += torch.stack([torch.as_tensor(value, device=sums.device).double() for value in values])
+        if several:
+            torch.distributed.all_reduce(sums)
+        total, count, *parts = sums.unbind()
+        return StepLosses(total, count, dict(zip(self._names, parts, strict=True)))
+
+    def _agree(self, losses: StepLosses | None) -> list[str]:
+        """The names of the parts, which a process without rows does not know; once, since it waits and pickles."""
+        gathered = [None] * self._accelerator.num_processes
+        torch.distributed.all_gather_object(gathered, None if losses is None else list(losses.parts))
+        return next(names for names in gathered if names is not None)
