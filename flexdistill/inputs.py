@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import Plan, check_sequence_length
@@ -53,6 +54,27 @@ def check_lengths(recipe: Recipe) -> None:
         raise FlexdistillError(
             f"Sequences of {longest} tokens are longer than the kernel's horizon of {kernel.horizon}; set a larger "
             "kernel.horizon or a smaller --sequence-length."
+        )
+
+
+def check_devices(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises FlexdistillError if the recipe asks for what the devices of the run cannot do."""
+    logits, processes = recipe.logit_distillation, accelerator.num_processes
+    on_gpu = accelerator.device.type == "cuda"
+    if not on_gpu and (logits.max_memory or recipe.attention_transfer.max_memory):
+        raise FlexdistillError(
+            "--max-memory measures a GPU's memory and there is none; set --micro-batch-size instead."
+        )
+    if not on_gpu and logits.cpu_offload:
+        raise FlexdistillError("cpu_offload moves weights off a GPU and there is none; remove it.")
+    if logits.parallel != "fsdp":
+        return
+    if accelerator.mixed_precision == "fp16":
+        raise FlexdistillError("--parallel fsdp has no gradient scaler for fp16; set --precision bf16.")
+    if logits.batch_size % processes:
+        raise FlexdistillError(
+            f"--parallel fsdp needs as many sequences in each of the {processes} processes, and batches have "
+            f"{logits.batch_size}; set a --batch-size that is a multiple of {processes}."
         )
 
 

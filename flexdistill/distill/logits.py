@@ -17,6 +17,8 @@ from ..errors import FlexdistillError
 from ..losses import kl_divergence, label_loss
 from ..recipe import LogitDistillationRecipe, LoraRecipe
 from .heads import SplitModel, backward_in_pieces
+from .memory import gradient_checkpointing, round_linear_weights
+from .sharding import free_gathered, gather_into, sharded_copy
 from .stage import StepLosses, feature_maps, first_non_finite_module, kernel_parameters, trainable
 
 # logits held at once, of teacher and student each
@@ -35,14 +37,17 @@ class LogitDistillation:
     name = "logit_distillation"
 
     def __init__(self, model: PreTrainedModel, recipe: LogitDistillationRecipe, accelerator: Accelerator):
-        self.model, self.recipe, self.accelerator = model, recipe, accelerator
+        self.recipe, self.accelerator = recipe, accelerator
         if recipe.label_weight and not all(feature_map.spec.causal for feature_map in feature_maps(model).values()):
             raise FlexdistillError(
                 f"{type(model).__name__} does not predict the next token, so there are no labels to learn; "
                 "set logit_distillation.label_weight to 0."
             )
-        self._student = SplitModel(model)
-        self._own_teacher = copy.deepcopy(model).requires_grad_(False) if recipe.train == "full" else None
+        self._own_teacher = self._copy_as_teacher(model) if recipe.train == "full" else None
+        self._whole = model
+        if self._shards:
+            model = sharded_copy(model, accelerator, cpu_offload=recipe.cpu_offload)
+        self.model, self._student = model, SplitModel(model)
         self._teacher = SplitModel(self._own_teacher) if self._own_teacher is not None else self._student
         if recipe.train == "lora":
             add_adapters(model, recipe.lora or LoraRecipe())
@@ -65,7 +70,8 @@ class LogitDistillation:
     @contextlib.contextmanager
     def active(self):
         teacher = softmax_mode(self._own_teacher) if self._own_teacher is not None else contextlib.nullcontext()
-        with trainable(self.model, set(self._trained)), teacher:
+        saving = gradient_checkpointing(self.model) if self.recipe.gradient_checkpointing else contextlib.nullcontext()
+        with trainable(self.model, set(self._trained)), teacher, saving:
             yield
 
     def backward(self, sequences: torch.Tensor) -> StepLosses:
@@ -92,7 +98,8 @@ class LogitDistillation:
                 parts["label_loss"] = parts.get("label_loss", 0.0) + label.detach()
                 return (1 - recipe.label_weight) * kl + recipe.label_weight * label
 
-            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss, self.scaler.scale)
+            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss, self.scaler.scale, self.model)
+        free_gathered(self._teacher.model)
         return StepLosses(total, mask.sum(), parts)
 
     def blame(self, sequences: torch.Tensor) -> str:
@@ -100,9 +107,25 @@ class LogitDistillation:
             return first_non_finite_module(self.model, lambda: self.model(input_ids=sequences))
 
     def finish(self) -> None:
-        """Merges the adapters into the weights."""
+        """Merges the adapters into the weights, or gathers the shards; the model given at first is trained then."""
         if self.recipe.train == "lora":
             merge_adapters(self.model)
+        if self._shards:
+            gather_into(self._whole, self.model)
+            self._whole.to(self.accelerator.device)
+
+    @property
+    def _shards(self) -> bool:
+        return self.recipe.parallel == "fsdp" and self.accelerator.num_processes > 1
+
+    def _copy_as_teacher(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self._shards:
+            model.cpu()  # until it is trained, its shards alone are on the devices
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        if precision is not None:
+            round_linear_weights(teacher, precision)
+        return sharded_copy(teacher, self.accelerator) if self._shards else teacher
 
     @contextlib.contextmanager
     def _as_teacher(self):

@@ -41,7 +41,6 @@ def run_stage(
     checkpoint_number: int = 0,
     checkpoint_every: int = 0,
     log_file: Path | None = None,
-    max_memory: int | None = None,
     update: Callable[..., None] = lambda *args, **kwargs: None,
 ) -> dict:
     """Trains a stage from `start_step` to `stop_step`, or to the end.
@@ -51,7 +50,6 @@ def run_stage(
 
     Args:
         sequences: token ids (N, T); order: row indices (steps, batch), the same in every process.
-        max_memory: bytes that a trial step may take; None: micro-batches are as large as the recipe says.
         update: called with (step, loss=, tokens_per_s=) after each step.
 
     Returns:
@@ -75,8 +73,10 @@ def run_stage(
     losses, elapsed_before = [entry["loss"] for entry in log], log[-1]["elapsed_s"] if log else 0.0
     started = time.perf_counter()
     with stage.active():
-        if max_memory is not None:
-            micro_batches.fit(max_memory, to_device(sequences[order[start_step][:largest_share]], accelerator.device))
+        if recipe.max_memory is not None:
+            micro_batches.fit(
+                recipe.max_memory, to_device(sequences[order[start_step][:largest_share]], accelerator.device)
+            )
         for step in range(start_step, recipe.steps if stop_step is None else stop_step):
             factor = learning_rate_factor(step, recipe.steps, recipe.warmup_steps, recipe.final_learning_rate_ratio)
             for group in optimizer.param_groups:

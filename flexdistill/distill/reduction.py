@@ -57,7 +57,9 @@ class Gradients:
             buffer.div_(count)
         gradients = [parameter.grad for parameter in self._sharded if parameter.grad is not None]
         if gradients:
-            torch._foreach_div_([gradient.to_local() for gradient in gradients], count.to(gradients[0].to_local().device))
+            torch._foreach_div_(
+                [gradient.to_local() for gradient in gradients], count.to(gradients[0].to_local().device)
+            )
 
     def clip(self, groups: list[list[nn.Parameter]], norm: float) -> torch.Tensor:
         """Scales each group down to a norm of at most `norm`; returns the norm of all of them before, a scalar."""
