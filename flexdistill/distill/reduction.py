@@ -26,7 +26,7 @@ class Gradients:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], accelerator: Accelerator):
-        self._several = accelerator.num_processes > 1
+        self._processes = accelerator.num_processes
         self._parameters = list(parameters)
         self._sharded = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
         whole = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
@@ -52,14 +52,13 @@ class Gradients:
     def average(self, count: torch.Tensor) -> None:
         """Sums over processes, divided by the scalar `count` of all of them."""
         for buffer in self._buffers:
-            if self._several:
+            if self._processes > 1:
                 torch.distributed.all_reduce(buffer)
             buffer.div_(count)
-        gradients = [parameter.grad for parameter in self._sharded if parameter.grad is not None]
-        if gradients:
-            torch._foreach_div_(
-                [gradient.to_local() for gradient in gradients], count.to(gradients[0].to_local().device)
-            )
+        shards = [parameter.grad.to_local() for parameter in self._sharded if parameter.grad is not None]
+        if shards:
+            # FSDP has summed them, and divided by the number of processes
+            torch._foreach_div_(shards, (count / self._processes).to(shards[0].device))
 
     def clip(self, groups: list[list[nn.Parameter]], norm: float) -> torch.Tensor:
         """Scales each group down to a norm of at most `norm`; returns the norm of all of them before, a scalar."""

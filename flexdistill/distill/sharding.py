@@ -42,8 +42,6 @@ def sharded_copy(model: PreTrainedModel, accelerator: Accelerator, *, cpu_offloa
         fully_shard(layer, **settings)
     # what is outside of the layers stays gathered from the base model's run until the head's last piece
     fully_shard(model, reshard_after_forward=False, **settings)
-    for module in _shards(model):
-        module.set_gradient_divide_factor(1.0)  # sums, which the loop divides
     setattr(model, BASE_FORWARD, MethodType(_base_forward, model))
     register_fsdp_forward_method(model, BASE_FORWARD)
     return model
@@ -96,10 +94,6 @@ def _is_last(model: FSDPModule, last: bool) -> None:
     model.set_is_last_backward(last)
     model.set_requires_gradient_sync(last)
     model.set_reshard_after_backward(last)
-
-
-def _shards(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _base_forward(model: PreTrainedModel, **arguments):
