@@ -93,7 +93,8 @@ def _without_option(arguments: list[str]) -> list[str]:
 
 def _message(rank: int, failure: ProcessFailure) -> str:
     """What a process has recorded, without the type before it; else how it ended."""
-    if "message" in failure.error_file_data:
-        return failure.error_file_data["message"]["message"].partition(": ")[2]
+    recorded = failure.error_file_data["message"]
+    if isinstance(recorded, dict):
+        return recorded["message"].partition(": ")[2]
     how = failure.signal_name() or f"exit code {failure.exitcode}"
     return f"Process {rank} ended with {how}; see what it printed, and go on with --resume."

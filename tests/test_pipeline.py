@@ -99,14 +99,23 @@ def test_files(results, name):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(sources, tmp_path):
-    recipe = make_recipe(sources, **{"evaluation.sequences": 5, "kernel.window": 4})
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(sources, tmp_path, parallel):
+    recipe = make_recipe(
+        sources, **{"evaluation.sequences": 5, "kernel.window": 4, "logit_distillation.parallel": parallel}
+    )
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "flexdistill", "convert"]
-    arguments = [recipe.model, "--recipe", "recipe.yaml", "--output", "two"]
+    command = [sys.executable, "-m", "flexdistill", "convert", recipe.model, "--recipe", "recipe.yaml"]
     environment = os.environ | {"PYTHONPATH": str(Path(flexdistill.__file__).parents[1])}
-    run = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, "--output", "two", "--num-processes", "2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Attention KL") == 1 and run.stderr == ""
     one = convert(recipe, tmp_path / "one")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
@@ -115,6 +124,7 @@ def test_two_processes_equal_one(sources, tmp_path):
         assert (actual[name] - value).norm() <= 1e-5 * value.norm(), name
     for ours, theirs in zip(two["rows"], one["rows"], strict=True):
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two")
 
 
 @every_model
