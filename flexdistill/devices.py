@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 
 import torch
@@ -19,8 +20,15 @@ def make_accelerator(precision: str, *, cpu_offload: bool = False) -> Accelerato
         cpu_offload: whether tensors on CPU are reduced over processes too.
 
     Raises:
-        FlexdistillError: for a precision that needs a GPU where there is none.
+        FlexdistillError: for a precision that needs a GPU where there is none, or where Accelerate's own configuration
+            asks for what the recipe decides.
     """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise FlexdistillError(
+                f"Accelerate is configured for {name}, and sharding is a setting of the recipe here; run `accelerate "
+                "config` without it and pass --parallel fsdp."
+            )
     on_gpu = torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .conversion import Plan, check_sequence_length
 from .data import pack, read_documents, split_held_out
 from .distill.heads import SplitModel
+from .distill.memory import checkpointed_layers
 from .errors import FlexdistillError
 from .recipe import Recipe
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
@@ -57,8 +58,8 @@ def check_lengths(recipe: Recipe) -> None:
         )
 
 
-def check_devices(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Raises FlexdistillError if the recipe asks for what the devices of the run cannot do."""
+def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Raises FlexdistillError if the recipe asks for what the devices of the run or the model's class cannot do."""
     logits, processes = recipe.logit_distillation, accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
     if not on_gpu and (logits.max_memory or recipe.attention_transfer.max_memory):
@@ -67,6 +68,8 @@ def check_devices(recipe: Recipe, accelerator: Accelerator) -> None:
         )
     if not on_gpu and logits.cpu_offload:
         raise FlexdistillError("cpu_offload moves weights off a GPU and there is none; remove it.")
+    if logits.steps and (logits.gradient_checkpointing or logits.parallel == "fsdp"):
+        checkpointed_layers(model)
     if logits.parallel != "fsdp":
         return
     if accelerator.mixed_precision == "fp16":

@@ -96,5 +96,5 @@ def _message(rank: int, failure: ProcessFailure) -> str:
     recorded = failure.error_file_data["message"]
     if isinstance(recorded, dict):
         return recorded["message"].partition(": ")[2]
-    how = failure.signal_name() or f"exit code {failure.exitcode}"
+    how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
     return f"Process {rank} ended with {how}; see what it printed, and go on with --resume."

@@ -64,11 +64,11 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     started = time.perf_counter()
     recipe = recipe.model_copy(update={"kernel": resolve_kernel(recipe.kernel)})
     accelerator = make_accelerator(recipe.precision, cpu_offload=recipe.logit_distillation.cpu_offload)
-    check_devices(recipe, accelerator)
     set_seed(recipe.seed)
 
     source, tokenizer, model = load_source(recipe)
     plan = make_plan(model, recipe.kernel)
+    check_devices(recipe, model, accelerator)
     check_trainable(recipe, plan)
     check_lengths(recipe)
     sequences = load_sequences(recipe, model, tokenizer)

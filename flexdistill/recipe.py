@@ -284,6 +284,11 @@ _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "data.source": (("config", "split", "column"), lambda source: True),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
     "kernel.variant": (("component", "matrix", "horizon", "tied"), lambda variant: True),
+    **{
+        f"{stage}.{name}": ((other,), lambda value: value is not None)
+        for stage in ("attention_transfer", "logit_distillation")
+        for name, other in (("max_memory", "micro_batch_size"), ("micro_batch_size", "max_memory"))
+    },
     "logit_distillation.train": (("learning_rate",), lambda train: train == "kernels"),
 }
 

@@ -119,7 +119,7 @@ class MicroBatches:
 
     def _moments(self) -> int:
         local = [p.to_local() if self.sharded else p for p in self.stage.trained().values()]
-        return sum(2 * p.numel() * p.element_size() for p in local if p.device == self.accelerator.device)
+        return sum(2 * p.numel() * p.element_size() for p in local if p.device.type == self.accelerator.device.type)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -26,7 +26,7 @@ class Gradients:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], accelerator: Accelerator):
-        self._processes = accelerator.num_processes
+        self._processes, self._device = accelerator.num_processes, accelerator.device
         self._parameters = list(parameters)
         self._sharded = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
         whole = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
@@ -63,7 +63,8 @@ class Gradients:
     def clip(self, groups: list[list[nn.Parameter]], norm: float) -> torch.Tensor:
         """Scales each group down to a norm of at most `norm`; returns the norm of all of them before, a scalar."""
         norms = [torch.nn.utils.clip_grad_norm_(group, norm) for group in groups]
-        return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).square().sum().sqrt()
+        norms = [(n.full_tensor() if isinstance(n, DTensor) else n).to(self._device) for n in norms]
+        return torch.stack(norms).square().sum().sqrt()
 
     def release(self) -> None:
         """Frees the memory."""

@@ -251,6 +251,12 @@ def test_precisions_of_a_gpu_are_refused_without(precision, monkeypatch):
         make_accelerator(precision)
 
 
+def test_sharding_by_accelerates_configuration_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(FlexdistillError, match="Accelerate is configured for FSDP.*pass --parallel fsdp"):
+        make_accelerator("fp32")
+
+
 def test_one_wait_for_the_device_per_step(monkeypatch):
     """What a step reads from the device it reads at once: tensors become numbers nowhere else."""
     stage, reads = make_stage("full", label_weight=0.2, micro_batch_size=1), []
