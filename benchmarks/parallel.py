@@ -88,9 +88,10 @@ def measure(arguments: argparse.Namespace) -> dict:
         case |= {"steps": 4, "warmup": 2}
         number = max(arguments.processes)
         content["sharding"] = {}
-        for parallel in ("ddp", "fsdp"):
-            settings = {"batch_size": number, "micro_batch_size": 1, "parallel": parallel}
-            content["sharding"][parallel] = launch(case | {"settings": settings}, number, arguments.tiny)
+        more = {"ddp": {}, "fsdp": {}, "fsdp, gradient checkpointing": {"gradient_checkpointing": True}}
+        for name, settings in more.items():
+            settings |= {"batch_size": number, "micro_batch_size": 1, "parallel": name.partition(",")[0]}
+            content["sharding"][name] = launch(case | {"settings": settings}, number, arguments.tiny)
     return content
 
 

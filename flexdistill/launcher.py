@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
+import tempfile
 import uuid
 
 import torch
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
@@ -39,24 +39,26 @@ def launch(num_processes: int) -> bool:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # all processes at once would share the processor's cores badly
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        run_id=uuid.uuid4().hex,
-        monitor_interval=0.5,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "flexdistill", *_without_option(sys.argv[1:]))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"Error: {_message(rank, failure)}", file=sys.stderr)
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode) from None
-    except SignalException as error:
-        raise SystemExit(128 + signal.Signals(error.sigval)) from None
+    with tempfile.TemporaryDirectory() as folder:  # of the processes' errors
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.5,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "flexdistill", *_without_option(sys.argv[1:]))
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            print(f"Error: {_message(rank, failure)}", file=sys.stderr)
+            raise SystemExit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode) from None
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from None
     return True
 
 

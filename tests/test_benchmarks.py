@@ -130,7 +130,7 @@ def test_parallel(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["parallel.py", "--tiny", "--output", str(output)])
     script["main"]()
     content = json.loads(output.read_text())
-    assert list(content["sharding"]) == ["ddp", "fsdp"]
+    assert list(content["sharding"]) == ["ddp", "fsdp", "fsdp, gradient checkpointing"]
     for name in ("attention_transfer", "logit_distillation"):
         one, two = (run["stages"][name] for run in content["runs"])
         assert one["losses"] == two["losses"] and len(one["losses"]) == 4 and one["losses"][-1] > 1e-3

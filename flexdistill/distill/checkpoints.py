@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import FlexdistillError, disk_errors
-from .sharding import shard_like, whole_tensor
+from .sharding import shard_like, whole_on_cpu
 from .stage import Stage
 
 
@@ -70,9 +70,8 @@ class Checkpoints:
 
     def save(self, stage: Stage, number: int, step: int) -> None:
         """Writes aside, syncs, then renames, so that a checkpoint is whole or not there."""
-        # gathering shards takes all processes
-        parameters = {name: whole_tensor(p).cpu().contiguous() for name, p in stage.trained().items()}
-        optimizer = _optimizer_tensors(stage)
+        parameters = whole_on_cpu(stage.trained(), keep=self.writes)
+        optimizer = whole_on_cpu(_optimizer_tensors(stage), keep=self.writes)
         if not self.writes:
             return
         target = self.folder / f"{number}-{step:08d}"
@@ -114,7 +113,7 @@ def _optimizer_tensors(stage: Stage) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, parameter in stage.trained().items():
         for key, value in stage.optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = whole_tensor(torch.as_tensor(value)).cpu().contiguous()
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
     return tensors
 
 

@@ -7,6 +7,7 @@ import copy
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -81,7 +82,8 @@ class LogitDistillation:
         # sums are divided by the number of positions, of which the last has no label
         positions_per_label = len(labels) / (labels != -100).sum()
         parts = {"kl": 0.0}
-        with self.accelerator.autocast():
+        # kept casts of a sharded model's weights would be a whole model
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self._shards)):
             with torch.no_grad(), self._as_teacher():
                 teacher_hidden = self._teacher.hidden(sequences).flatten(0, 1)
             hidden = self._student.hidden(sequences).flatten(0, 1)

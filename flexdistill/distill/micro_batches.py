@@ -66,7 +66,7 @@ class MicroBatches:
     def agree(self) -> torch.Tensor:
         """The smallest size of all processes, a scalar on the device; 0 while nothing limits it."""
         unlimited = torch.iinfo(torch.int64).max
-        size = torch.tensor(self._size or unlimited, device=self.accelerator.device)
+        size = torch.full((), self._size or unlimited, device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(size, op=torch.distributed.ReduceOp.MIN)
         return torch.where(size == unlimited, 0, size)

@@ -19,46 +19,49 @@ from .stage import StepLosses
 
 
 class Gradients:
-    """The gradients of some parameters, which every process holds whole, or FSDP shards and sums itself.
+    """The gradients of some parameters.
 
     Args:
-        parameters: their `grad` becomes a view of one flat buffer per dtype, where it is not sharded.
+        parameters: of those that every one of several processes holds whole, `grad` becomes a view of one flat buffer
+            per dtype. FSDP sums what it shards, and in one process there is nothing to sum.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], accelerator: Accelerator):
         self._processes, self._device = accelerator.num_processes, accelerator.device
         self._parameters = list(parameters)
-        self._sharded = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
-        whole = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
+        flat = [p for p in self._parameters if self._processes > 1 and not isinstance(p, DTensor)]
         self._buffers = []
-        for dtype in dict.fromkeys(parameter.dtype for parameter in whole):
-            alike = [parameter for parameter in whole if parameter.dtype == dtype]
+        for dtype in dict.fromkeys(parameter.dtype for parameter in flat):
+            alike = [parameter for parameter in flat if parameter.dtype == dtype]
             buffer = torch.zeros(sum(p.numel() for p in alike), dtype=dtype, device=alike[0].device)
             for parameter, part in zip(alike, buffer.split([p.numel() for p in alike]), strict=True):
                 parameter.grad = part.view_as(parameter)
             self._buffers.append(buffer)
+        self._others = [] if flat else self._parameters
 
     @property
     def are_sharded(self) -> bool:
-        return bool(self._sharded)
+        return any(isinstance(parameter, DTensor) for parameter in self._parameters)
 
     def zero(self) -> None:
         """Forgets what backward passes have added."""
         for buffer in self._buffers:
             buffer.zero_()
-        for parameter in self._sharded:
+        for parameter in self._others:
             parameter.grad = None
 
     def average(self, count: torch.Tensor) -> None:
         """Sums over processes, divided by the scalar `count` of all of them."""
         for buffer in self._buffers:
-            if self._processes > 1:
-                torch.distributed.all_reduce(buffer)
+            torch.distributed.all_reduce(buffer)
             buffer.div_(count)
-        shards = [parameter.grad.to_local() for parameter in self._sharded if parameter.grad is not None]
-        if shards:
-            # FSDP has summed them, and divided by the number of processes
-            torch._foreach_div_(shards, (count / self._processes).to(shards[0].device))
+        for parameter in self._others:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self._others:
+            gradients = [_local(parameter.grad) for parameter in self._others]
+            # FSDP has summed its gradients, and divided them by the number of processes
+            torch._foreach_div_(gradients, (count / self._processes).to(gradients[0].device))
 
     def clip(self, groups: list[list[nn.Parameter]], norm: float) -> torch.Tensor:
         """Scales each group down to a norm of at most `norm`; returns the norm of all of them before, a scalar."""
@@ -99,3 +102,7 @@ class LossReduction:
         gathered = [None] * self._accelerator.num_processes
         torch.distributed.all_gather_object(gathered, None if losses is None else list(losses.parts))
         return next(names for names in gathered if names is not None)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -61,6 +61,17 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_on_cpu(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+    """Copies of whole tensors on CPU; a process that does not keep them only takes part in gathering shards."""
+    found = {}
+    for name, tensor in tensors.items():
+        if keep or isinstance(tensor, DTensor):
+            tensor = whole_tensor(tensor)
+        if keep:
+            found[name] = tensor.cpu().contiguous()
+    return found
+
+
 def shard_like(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """A whole tensor on the device of a parameter, and sharded as that is."""
     if not isinstance(parameter, DTensor):
