@@ -145,7 +145,7 @@ def load(case: dict, device: torch.device) -> tuple[PreTrainedModel, torch.Tenso
                 if parameter.ndim == 2:
                     parameter *= 3
         generator = torch.Generator().manual_seed(2)
-        return model, torch.randint(config.vocab_size, (rows, case["length"]), generator=generator)
+        return model.cpu(), torch.randint(config.vocab_size, (rows, case["length"]), generator=generator)
     source = resolve_model(case["model"])
     return load_model(source), pack(
         read_documents(DataRecipe(source="sample")), load_tokenizer(source), case["length"], rows
