@@ -66,7 +66,6 @@ def run_stage(
         stage, recipe.micro_batch_size, accelerator, gradients.zero, sharded=gradients.are_sharded
     )
     share = slice(accelerator.process_index, None, accelerator.num_processes)
-    largest_share = -(-order.shape[1] // accelerator.num_processes)
     log = []
     if log_file is not None and accelerator.is_main_process:
         log = _forget_after(log_file, start_step)
@@ -74,9 +73,8 @@ def run_stage(
     started = time.perf_counter()
     with stage.active():
         if recipe.max_memory is not None:
-            micro_batches.fit(
-                recipe.max_memory, to_device(sequences[order[start_step][:largest_share]], accelerator.device)
-            )
+            largest_share = sequences[order[0][:: accelerator.num_processes]]
+            micro_batches.fit(recipe.max_memory, to_device(largest_share, accelerator.device))
         for step in range(start_step, recipe.steps if stop_step is None else stop_step):
             factor = learning_rate_factor(step, recipe.steps, recipe.warmup_steps, recipe.final_learning_rate_ratio)
             for group in optimizer.param_groups:
