@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .sharding import whole_tensor
 from .stage import StepLosses
 
 
@@ -66,8 +67,7 @@ class Gradients:
     def clip(self, groups: list[list[nn.Parameter]], norm: float) -> torch.Tensor:
         """Scales each group down to a norm of at most `norm`; returns the norm of all of them before, a scalar."""
         norms = [torch.nn.utils.clip_grad_norm_(group, norm) for group in groups]
-        norms = [(n.full_tensor() if isinstance(n, DTensor) else n).to(self._device) for n in norms]
-        return torch.stack(norms).square().sum().sqrt()
+        return torch.stack([whole_tensor(each).to(self._device) for each in norms]).square().sum().sqrt()
 
     def release(self) -> None:
         """Frees the memory."""

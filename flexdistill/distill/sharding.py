@@ -58,7 +58,9 @@ def gather_into(model: PreTrainedModel, sharded: PreTrainedModel) -> None:
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as every process would hold it without sharding; every process calls it for one that is sharded."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # shards may be offloaded
 
 
 def whole_on_cpu(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
