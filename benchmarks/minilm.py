@@ -43,6 +43,7 @@ class EmbeddingDistillation:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.clip_groups = [list(student.parameters())]
+        self.scaler = torch.amp.GradScaler(enabled=False)
 
     def trained(self) -> dict:
         return dict(self.student.named_parameters())

@@ -18,6 +18,8 @@ from .runtime.interface import NAME, flexformer_attention, softmax_attention, vi
 from .runtime.masks import LazyMask, flexformer_mask
 
 _CUSTOM = NAME + "_custom"
+# method of a sharded model that runs its base model, whose weights it gathers before
+BASE_FORWARD = "forward_base_model"
 
 
 @dataclass
@@ -151,7 +153,7 @@ def run_base_model(model: PreTrainedModel, sequences: torch.Tensor, cache: Cache
     arguments = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     if cache is not None:
         arguments = {"use_cache": True, "past_key_values": cache}
-    return model.base_model(input_ids=sequences, **arguments)
+    return getattr(model, BASE_FORWARD, model.base_model)(input_ids=sequences, **arguments)
 
 
 def record_attention(

@@ -21,15 +21,19 @@ from .cli_options import (
     Decay,
     EvalData,
     Features,
+    GradientCheckpointing,
     Json,
     KeepLayers,
     KeepSoftmax,
     KeyHeads,
     Layers,
     Matrix,
+    MaxMemory,
     MicroBatchSize,
     Model,
+    NumProcesses,
     Overwrite,
+    Parallel,
     Precision,
     Private,
     Seed,
@@ -96,7 +100,11 @@ def convert(
     logit_steps: Annotated[int | None, training_option(help="Steps of logit distillation.")] = None,
     batch_size: BatchSize = None,
     micro_batch_size: MicroBatchSize = None,
+    max_memory: MaxMemory = None,
     train: Train = None,
+    parallel: Parallel = None,
+    gradient_checkpointing: GradientCheckpointing = None,
+    num_processes: NumProcesses = None,
     eval_data: EvalData = None,
     seed: Seed = None,
     precision: Precision = None,
@@ -120,6 +128,11 @@ def convert(
     if dry_run:
         show_plan(resolved, as_json)
         return
+    if num_processes is not None:
+        from .launcher import launch
+
+        if launch(num_processes):
+            return
     from .pipeline import convert as run
 
     output = output or default_output(model)
@@ -355,7 +368,12 @@ def main() -> None:
     except FlexdistillError as error:
         if os.environ.get("FLEXDISTILL_DEBUG") == "1":
             raise
-        print(f"Error: {error}", file=sys.stderr)
+        if "RANK" in os.environ:
+            from .launcher import report
+
+            report(error)
+        else:
+            print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

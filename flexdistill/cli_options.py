@@ -28,12 +28,12 @@ _KERNEL = (
 _STAGES = ("attention_transfer", "logit_distillation")
 RECIPE_SETTINGS = {
     **{name: [f"kernel.{name}"] for name in _KERNEL},
-    **{name: [f"{stage}.{name}" for stage in _STAGES] for name in ("batch_size", "micro_batch_size")},
+    **{name: [f"{stage}.{name}" for stage in _STAGES] for name in ("batch_size", "micro_batch_size", "max_memory")},
     **{name: [name] for name in ("seed", "precision", "trust_remote_code")},
     "sequence_length": ["data.sequence_length"],
     "attention_steps": ["attention_transfer.steps"],
     "logit_steps": ["logit_distillation.steps"],
-    "train": ["logit_distillation.train"],
+    **{name: [f"logit_distillation.{name}"] for name in ("train", "parallel", "gradient_checkpointing")},
 }
 
 SOURCE_HELP = "A file or folder of text, `sample`, or a `datasets` name as NAME[:CONFIG[:SPLIT[:COLUMN]]]."
@@ -77,7 +77,13 @@ MicroBatchSize = Annotated[int | None, training_option(help="Sequences per forwa
 Train = Annotated[str | None, training_option(metavar="full|lora|kernels", help="What is trained besides.")]
 EvalData = Annotated[str | None, training_option(metavar="SOURCE", help="As --data; else held out of it.")]
 Seed = Annotated[int | None, training_option(help="Fixes the data order and the initial kernels.")]
-Precision = Annotated[str | None, training_option(metavar="auto|fp32|bf16")]
+Precision = Annotated[str | None, training_option(metavar="auto|fp32|tf32|bf16|fp16")]
+Parallel = Annotated[str | None, training_option(metavar="ddp|fsdp", help="Whole models in each process, or sharded.")]
+GradientCheckpointing = Annotated[
+    bool | None, training_option("--gradient-checkpointing", help="Run layers twice, and keep their inputs only.")
+]
+MaxMemory = Annotated[str | None, training_option(metavar="20GiB", help="Picks --micro-batch-size by a GPU's memory.")]
+NumProcesses = Annotated[int | None, training_option(metavar="N", help="Processes to launch, one per GPU.")]
 Settings = Annotated[
     list[str] | None, option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
 ]

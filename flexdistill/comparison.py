@@ -24,7 +24,7 @@ from .distill.checkpoints import Checkpoints
 from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
 from .export import check_output, export
-from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
+from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
 from .pipeline import STAGES, plan_facts, run_facts, run_stages, write_json
 from .recipe import KernelRecipe, Recipe
 from .report import has_matplotlib, plot_comparison
@@ -97,8 +97,14 @@ def _compare(
     export_models: bool,
     resume: bool,
 ) -> dict:
+    if recipe.logit_distillation.parallel == "fsdp":
+        raise FlexdistillError(
+            "A comparison evaluates its students while they train, for which they must be whole; set "
+            "logit_distillation.parallel to ddp."
+        )
     accelerator = make_accelerator(recipe.precision)
     source, tokenizer, teacher = load_source(recipe)
+    check_devices(recipe, teacher, accelerator)
     plans = {entry.name: make_plan(teacher, entry.recipe.kernel) for entry in entries}
     for entry in entries:
         check_lengths(entry.recipe)

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import resource
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+
+from .errors import FlexdistillError
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Accelerate's view of the devices; precision "auto" is bf16 on a GPU and fp32 on CPU."""
+def make_accelerator(precision: str, *, cpu_offload: bool = False) -> Accelerator:
+    """Accelerate's view of the devices; precision "auto" is bf16 on a GPU and fp32 on CPU.
+
+    Args:
+        cpu_offload: whether tensors on CPU are reduced over processes too.
+
+    Raises:
+        FlexdistillError: for a precision that needs a GPU where there is none, or where Accelerate's own configuration
+            asks for what the recipe decides.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise FlexdistillError(
+                f"Accelerate is configured for {name}, and sharding is a setting of the recipe here; run `accelerate "
+                "config` without it and pass --parallel fsdp."
+            )
     on_gpu = torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
+    if precision in ("fp16", "tf32") and not on_gpu:
+        raise FlexdistillError(f"Precision {precision} needs a GPU; set --precision fp32 or bf16.")
     if on_gpu:
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     # a second run in one process may ask for another precision, which the shared state would refuse
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not on_gpu)
+    mixed_precision = precision if precision in ("bf16", "fp16") else "no"
+    handlers = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if cpu_offload and on_gpu else []
+    return Accelerator(mixed_precision=mixed_precision, cpu=not on_gpu, kwargs_handlers=handlers)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a tensor on CPU, for which the processor does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def forget_peak_memory(device: torch.device) -> None:

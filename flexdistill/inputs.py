@@ -6,11 +6,13 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import Plan, check_sequence_length
 from .data import pack, read_documents, split_held_out
 from .distill.heads import SplitModel
+from .distill.memory import checkpointed_layers
 from .errors import FlexdistillError
 from .recipe import Recipe
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
@@ -53,6 +55,29 @@ def check_lengths(recipe: Recipe) -> None:
         raise FlexdistillError(
             f"Sequences of {longest} tokens are longer than the kernel's horizon of {kernel.horizon}; set a larger "
             "kernel.horizon or a smaller --sequence-length."
+        )
+
+
+def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Raises FlexdistillError if the recipe asks for what the devices of the run or the model's class cannot do."""
+    logits, processes = recipe.logit_distillation, accelerator.num_processes
+    on_gpu = accelerator.device.type == "cuda"
+    if not on_gpu and (logits.max_memory or recipe.attention_transfer.max_memory):
+        raise FlexdistillError(
+            "--max-memory measures a GPU's memory and there is none; set --micro-batch-size instead."
+        )
+    if not on_gpu and logits.cpu_offload:
+        raise FlexdistillError("cpu_offload moves weights off a GPU and there is none; remove it.")
+    if logits.steps and (logits.gradient_checkpointing or logits.parallel == "fsdp"):
+        checkpointed_layers(model)
+    if logits.parallel != "fsdp":
+        return
+    if accelerator.mixed_precision == "fp16":
+        raise FlexdistillError("--parallel fsdp has no gradient scaler for fp16; set --precision bf16.")
+    if logits.batch_size % processes:
+        raise FlexdistillError(
+            f"--parallel fsdp needs as many sequences in each of the {processes} processes, and batches have "
+            f"{logits.batch_size}; set a --batch-size that is a multiple of {processes}."
         )
 
 

@@ -31,7 +31,7 @@ from .distill.stage import kernel_parameters
 from .errors import FlexdistillError, disk_errors
 from .evaluation import compare_models
 from .export import check_output, export, working_folder
-from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
+from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
 from .progress import stage_progress
 from .recipe import Recipe, StageRecipe
 from .sources import load_model
@@ -63,11 +63,12 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
 def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     started = time.perf_counter()
     recipe = recipe.model_copy(update={"kernel": resolve_kernel(recipe.kernel)})
-    accelerator = make_accelerator(recipe.precision)
+    accelerator = make_accelerator(recipe.precision, cpu_offload=recipe.logit_distillation.cpu_offload)
     set_seed(recipe.seed)
 
     source, tokenizer, model = load_source(recipe)
     plan = make_plan(model, recipe.kernel)
+    check_devices(recipe, model, accelerator)
     check_trainable(recipe, plan)
     check_lengths(recipe)
     sequences = load_sequences(recipe, model, tokenizer)

@@ -11,7 +11,7 @@ from .conversion import apply_plan, make_plan
 from .devices import make_accelerator
 from .distill.checkpoints import Checkpoints
 from .distill.layer_selection import choose_layers, kl_with_softmax_in
-from .inputs import check_lengths, load_sequences, load_source
+from .inputs import check_devices, check_lengths, load_sequences, load_source
 from .pipeline import run_stages
 from .recipe import Recipe
 
@@ -31,6 +31,7 @@ def rank_layers(recipe: Recipe) -> dict:
     set_seed(recipe.seed)
     _, tokenizer, model = load_source(recipe)
     plan = make_plan(model, recipe.kernel)
+    check_devices(recipe, model, accelerator)
     check_lengths(recipe)
     choosing = recipe.override({"kernel.keep_softmax": recipe.kernel.keep_softmax or 1})
     sequences = load_sequences(choosing, model, tokenizer)

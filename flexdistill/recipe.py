@@ -5,10 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import FlexdistillError
 
@@ -17,6 +26,10 @@ _PACKAGE = Path(__file__).parent
 RECIPES_FOLDER = next(
     (f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if f.is_dir()), _PACKAGE / "recipes"
 )
+
+
+# such as 20GiB; a plain int afterwards, which YAML can hold
+Bytes = Annotated[int, BeforeValidator(lambda value: int(TypeAdapter(ByteSize).validate_python(value)))]
 
 
 class _Section(BaseModel):
@@ -91,12 +104,21 @@ class StageRecipe(_Section):
     micro_batch_size: int | None = Field(
         None, ge=1, description="sequences per forward pass and process; None: as many as the batch gives"
     )
+    max_memory: Bytes | None = Field(
+        None, gt=0, description="bytes of a GPU, such as 20GiB, that micro-batches are made to fit; None: no trial"
+    )
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(ge=0)
     final_learning_rate_ratio: float = Field(
         0.05, ge=0, le=1, description="where the cosine ends, as a share of learning_rate"
     )
     clip_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+
+    @model_validator(mode="after")
+    def _one_micro_batch_size(self):
+        if self.max_memory is not None and self.micro_batch_size is not None:
+            raise ValueError("max_memory picks the micro_batch_size that is set too; set one of them")
+        return self
 
 
 class AttentionTransferRecipe(StageRecipe):
@@ -133,6 +155,13 @@ class LogitDistillationRecipe(StageRecipe):
         0.0, ge=0, le=1, description="share of the label loss; the rest is the KL to the teacher"
     )
     lora: LoraRecipe | None = Field(None, description="only with train: lora")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="whole models in every process, or (only with train: full) sharded over them by FSDP2"
+    )
+    cpu_offload: bool = Field(False, description="with fsdp, keep shards and the optimiser's state in host memory")
+    gradient_checkpointing: bool = Field(
+        False, description="keep layers' inputs only, and run layers again in the backward pass"
+    )
 
     @model_validator(mode="after")
     def _used_settings_only(self):
@@ -142,6 +171,10 @@ class LogitDistillationRecipe(StageRecipe):
             )
         if self.train == "kernels" and "learning_rate" in self.model_fields_set:
             raise ValueError("learning_rate is ignored with train: kernels; set kernel_learning_rate instead")
+        if self.parallel == "fsdp" and self.train != "full":
+            raise ValueError(f"parallel: fsdp shards what train: full trains, and train is {self.train!r}; set ddp")
+        if self.cpu_offload and self.parallel != "fsdp":
+            raise ValueError("cpu_offload is ignored with parallel: ddp; set parallel: fsdp or remove cpu_offload")
         return self
 
 
@@ -161,7 +194,9 @@ class Recipe(_Section):
 
     model: str | None = Field(None, description="Hub id, folder, .gguf file or package:NAME")
     seed: int = Field(0, ge=0, lt=2**32)
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on CPU; fp16: with a gradient scaler"
+    )
     trust_remote_code: bool = Field(False, description="run code that the source model ships")
     kernel: KernelRecipe = KernelRecipe()
     data: DataRecipe = DataRecipe()
@@ -253,6 +288,11 @@ _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "data.source": (("config", "split", "column"), lambda source: True),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
     "kernel.variant": (("component", "matrix", "horizon", "tied", "decay"), lambda variant: True),
+    **{
+        f"{stage}.{name}": ((other,), lambda value: value is not None)
+        for stage in ("attention_transfer", "logit_distillation")
+        for name, other in (("max_memory", "micro_batch_size"), ("micro_batch_size", "max_memory"))
+    },
     "logit_distillation.train": (("learning_rate",), lambda train: train == "kernels"),
 }
 

@@ -115,3 +115,27 @@ def test_uniform_placement():
     assert place(8, 2) == "0,1,3,4,5,7" and place(2, 1) == "0"
     for keep in range(1, 30):
         assert len(place(30, keep).split(",")) == 30 - keep
+
+
+def test_parallel(monkeypatch, tmp_path, capsys):
+    """One process in the place of each launched one, on this process's CPU."""
+    output = tmp_path / "parallel.json"
+    script = runpy.run_path(str(FOLDER / "parallel.py"))
+
+    def launch(case, number, on_cpu):
+        script["work"](case, output)
+        return {"processes": number} | json.loads(output.read_text())
+
+    monkeypatch.setitem(script["main"].__globals__, "launch", launch)
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--tiny", "--output", str(output)])
+    script["main"]()
+    content = json.loads(output.read_text())
+    assert list(content["sharding"]) == ["ddp", "fsdp", "fsdp, gradient checkpointing"]
+    for name in ("attention_transfer", "logit_distillation"):
+        one, two = (run["stages"][name] for run in content["runs"])
+        assert one["losses"] == two["losses"] and len(one["losses"]) == 4 and one["losses"][-1] > 1e-3
+        figure = content["figures"][name]["2"]
+        assert figure == {"speedup": two["tokens_per_s"] / one["tokens_per_s"], "loss_difference": 0.0}
+        assert one["tokens_per_s"] == pytest.approx(4 * 64 / statistics.median(one["step_s"][2:]))
+    printed = capsys.readouterr().out
+    assert "attention_transfer" in printed and "fsdp" in printed

@@ -256,6 +256,13 @@ def test_bad_input_changes_nothing(sources, tmp_path, variants):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes.txt"]
 
 
+def test_students_that_are_evaluated_are_whole(sources, tmp_path):
+    recipe = make_recipe(sources).override({"logit_distillation.parallel": "fsdp"})
+    with pytest.raises(FlexdistillError, match="must be whole; set logit_distillation.parallel to ddp"):
+        compare(recipe, parse_variants("hedgehog"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_compare(sources, tmp_path):
     with pytest.raises(FlexdistillError, match="nothing to compare"):
         compare(make_recipe(sources), ["hedgehog"], tmp_path / "out", windows=())

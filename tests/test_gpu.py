@@ -1,8 +1,15 @@
 """What only a GPU shows: the same numbers as on CPU, in float32 and bf16, and a whole conversion."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert
 from flexdistill.recipe import Recipe
 from flexdistill.runtime.attention import attend
@@ -59,6 +66,50 @@ def test_conversion_on_gpu(tmp_path):
     assert metrics["device"] != "cpu"
     assert metrics["reload_max_logit_difference"] <= 1e-5
     assert metrics["student"]["kl"] < metrics["rows"][-1]["kl"]
+
+
+def tiny_recipe(folder, **settings):
+    save_tiny(folder, tiny_llama(), tiny_tokenizer())
+    steps = {"attention_transfer.steps": 5, "logit_distillation.steps": 5, "evaluation.sequences": 8}
+    data = {"model": str(folder), "data.source": "sample", "data.sequence_length": 64}
+    return Recipe().override(data | steps | settings)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_precisions_on_gpu(tmp_path, precision):
+    metrics = convert(tiny_recipe(tmp_path / "tiny", precision=precision), tmp_path / "out")
+    expected = convert(tiny_recipe(tmp_path / "tiny", precision="fp32"), tmp_path / "expected")
+    for stage, other in zip(metrics["stages"], expected["stages"], strict=True):
+        assert stage["first_loss"] == pytest.approx(other["first_loss"], rel=2e-2, abs=1e-5)
+
+
+def test_max_memory_on_gpu(tmp_path):
+    stages = ("attention_transfer", "logit_distillation")
+    enough = tiny_recipe(tmp_path / "tiny", **{f"{stage}.max_memory": "8GiB" for stage in stages})
+    assert convert(enough, tmp_path / "out")["reload_max_logit_difference"] <= 1e-5
+    with pytest.raises(FlexdistillError, match="One sequence of 64 tokens takes"):
+        convert(enough.override({f"{stage}.max_memory": "10kB" for stage in stages}), tmp_path / "other")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_sharded_conversion_on_two_gpus(tmp_path, cpu_offload):
+    sharded = {"logit_distillation.parallel": "fsdp", "logit_distillation.cpu_offload": cpu_offload}
+    recipe = tiny_recipe(tmp_path / "tiny", precision="fp32", **sharded)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "flexdistill", "convert", recipe.model, "--recipe", "recipe.yaml"]
+    root = str(Path(__file__).parents[1])
+    run = subprocess.run(
+        [*command, "--output", "two", "--num-processes", "2"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    one = convert(recipe.override({"logit_distillation.cpu_offload": False}), tmp_path / "one")
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["num_processes"] == 2 and two["student"]["kl"] == pytest.approx(one["student"]["kl"], rel=1e-3)
 
 
 SHAPES = [  # batch, heads, KV heads, length, size

@@ -27,7 +27,7 @@ LAYERS = [
     {"generation", "pipeline", "positions", "recall"},
     {"comparison", "ranking"},
     {"api"},
-    {"cli", "cli_options", "cli_output"},
+    {"cli", "cli_options", "cli_output", "launcher"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 

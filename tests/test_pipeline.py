@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,14 +100,23 @@ def test_files(results, name):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(sources, tmp_path):
-    recipe = make_recipe(sources, **{"evaluation.sequences": 5, "kernel.window": 4})
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(sources, tmp_path, parallel):
+    recipe = make_recipe(
+        sources, **{"evaluation.sequences": 5, "kernel.window": 4, "logit_distillation.parallel": parallel}
+    )
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "flexdistill", "convert"]
-    arguments = [recipe.model, "--recipe", "recipe.yaml", "--output", "two"]
+    command = [sys.executable, "-m", "flexdistill", "convert", recipe.model, "--recipe", "recipe.yaml"]
     environment = os.environ | {"PYTHONPATH": str(Path(flexdistill.__file__).parents[1])}
-    run = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, "--output", "two", "--num-processes", "2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Attention KL") == 1 and run.stderr == ""
     one = convert(recipe, tmp_path / "one")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
@@ -115,6 +125,34 @@ def test_two_processes_equal_one(sources, tmp_path):
         assert (actual[name] - value).norm() <= 1e-5 * value.norm(), name
     for ours, theirs in zip(two["rows"], one["rows"], strict=True):
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention_transfer.max_memory": "1GiB"}, "--max-memory measures a GPU's memory and there is none"),
+        ({"logit_distillation.parallel": "fsdp", "logit_distillation.cpu_offload": True}, "cpu_offload moves weights"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without(sources, tmp_path, settings, message):
+    with pytest.raises(FlexdistillError, match=message):
+        convert(make_recipe(sources, **settings), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("processes", "precision", "message"),
+    [
+        (3, "no", "as many sequences in each of the 3 processes, and batches have 2; set a --batch-size"),
+        (2, "fp16", "no gradient scaler for fp16; set --precision bf16"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused(sources, processes, precision, message):
+    accelerator = SimpleNamespace(num_processes=processes, mixed_precision=precision, device=torch.device("cpu"))
+    recipe = make_recipe(sources, **{"logit_distillation.parallel": "fsdp"})
+    with pytest.raises(FlexdistillError, match=message):
+        inputs.check_devices(recipe, MAKERS["llama"](), accelerator)
 
 
 @every_model

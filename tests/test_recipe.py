@@ -52,6 +52,14 @@ def test_yaml_round_trip_where_a_setting_would_be_ignored(tmp_path):
         ({"kernel.window": -1}, "kernel.window"),
         ({"kernel.key_heads": "all"}, "'query' or 'kv'"),
         ({"logit_distillation.lora": {"rank": 4}}, "lora is set but train is 'full'"),
+        ({"logit_distillation.parallel": "fsdp", "logit_distillation.train": "lora"}, "train is 'lora'; set ddp"),
+        ({"logit_distillation.cpu_offload": True}, "cpu_offload is ignored with parallel: ddp"),
+        ({"attention_transfer.max_memory": "lots"}, "attention_transfer.max_memory"),
+        ({"attention_transfer.max_memory": 0}, "attention_transfer.max_memory"),
+        (
+            {"attention_transfer.max_memory": "2GiB", "attention_transfer.micro_batch_size": 2},
+            "max_memory picks the micro_batch_size that is set too",
+        ),
         (
             {"logit_distillation.train": "kernels", "logit_distillation.learning_rate": 1e-3},
             "learning_rate is ignored with train: kernels",
@@ -103,3 +111,19 @@ def test_a_budget_is_shared_out_like_the_recipe():
     assert (kernels.attention_transfer.steps, kernels.logit_distillation.steps) == (10, 0)
     with pytest.raises(FlexdistillError, match="has no training steps"):
         recipe.override({"attention_transfer.steps": 0, "logit_distillation.steps": 0}).with_budget(100)
+
+
+def test_memory_is_written_as_people_do(tmp_path):
+    recipe = Recipe().override({"logit_distillation.max_memory": "20GiB", "attention_transfer.max_memory": "1.5 GB"})
+    assert recipe.logit_distillation.max_memory == 20 * 2**30
+    assert recipe.attention_transfer.max_memory == 1_500_000_000
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert Recipe.load(file).model_dump() == recipe.model_dump()
+
+
+def test_one_setting_of_the_micro_batch_size_replaces_the_other():
+    sizes = Recipe().override({"attention_transfer.micro_batch_size": 2})
+    memory = sizes.override({"attention_transfer.max_memory": "1GiB"})
+    assert memory.attention_transfer.micro_batch_size is None
+    assert memory.override({"attention_transfer.micro_batch_size": 4}).attention_transfer.max_memory is None

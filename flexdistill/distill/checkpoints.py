@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import FlexdistillError, disk_errors
+from .sharding import shard_like, whole_on_cpu
 from .stage import Stage
 
 
@@ -46,10 +47,10 @@ class Checkpoint:
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
+                parameters[name].copy_(shard_like(tensor, parameters[name]))
         for name, parameter in parameters.items():
             stage.optimizer.state[parameter] = {
-                key.removeprefix(f"{name}/"): value.to(parameter.device) if value.ndim else value
+                key.removeprefix(f"{name}/"): shard_like(value, parameter) if value.ndim else value
                 for key, value in state.items()
                 if key.startswith(f"{name}/")
             }
@@ -69,15 +70,16 @@ class Checkpoints:
 
     def save(self, stage: Stage, number: int, step: int) -> None:
         """Writes aside, syncs, then renames, so that a checkpoint is whole or not there."""
+        parameters = whole_on_cpu(stage.trained(), keep=self.writes)
+        optimizer = whole_on_cpu(_optimizer_tensors(stage), keep=self.writes)
         if not self.writes:
             return
         target = self.folder / f"{number}-{step:08d}"
         aside = self.folder / f"writing-{target.name}"
         with disk_errors(target), _removed_on_failure(aside):
             aside.mkdir(parents=True)
-            parameters = {name: p.detach().cpu().contiguous() for name, p in stage.trained().items()}
             save_file(parameters, aside / "parameters.safetensors")
-            save_file(_optimizer_tensors(stage), aside / "optimizer.safetensors")
+            save_file(optimizer, aside / "optimizer.safetensors")
             (aside / "counters.json").write_text(json.dumps({"stage": stage.name, "step": step}))
             for file in aside.iterdir():
                 _sync(file)
@@ -111,7 +113,7 @@ def _optimizer_tensors(stage: Stage) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, parameter in stage.trained().items():
         for key, value in stage.optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
     return tensors
 
 

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..attention_modes import run_base_model
 from ..errors import FlexdistillError
+from .sharding import gradients_stay_whole
 
 
 class SplitModel:
@@ -59,7 +61,11 @@ class SplitModel:
 
 
 def backward_in_pieces(
-    hidden: torch.Tensor, piece: int, loss: Callable[[torch.Tensor, slice], torch.Tensor]
+    hidden: torch.Tensor,
+    piece: int,
+    loss: Callable[[torch.Tensor, slice], torch.Tensor],
+    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+    model: nn.Module | None = None,
 ) -> torch.Tensor:
     """Differentiates a loss that is a sum over positions, holding one piece of the head's work at a time.
 
@@ -67,16 +73,19 @@ def backward_in_pieces(
         hidden: (N, E), part of a graph.
         piece: positions per piece.
         loss: maps (hidden[slice], slice) to a scalar.
+        scale: what is differentiated in the place of a scalar.
+        model: what has made `hidden`; needed only where it may be sharded.
 
     Returns:
         the loss, detached; gradients have been added to all leaves behind `hidden` and in the head.
     """
     leaf = hidden.detach().requires_grad_()
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(leaf), piece):
-        part = slice(start, start + piece)
-        value = loss(leaf[part], part)
-        value.backward()
-        total += value.detach()
+    with gradients_stay_whole(model):
+        for start in range(0, len(leaf), piece):
+            part = slice(start, start + piece)
+            value = loss(leaf[part], part)
+            scale(value).backward()
+            total += value.detach()
     hidden.backward(leaf.grad)
     return total

@@ -7,6 +7,7 @@ import copy
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -17,6 +18,8 @@ from ..errors import FlexdistillError
 from ..losses import kl_divergence, label_loss
 from ..recipe import LogitDistillationRecipe, LoraRecipe
 from .heads import SplitModel, backward_in_pieces
+from .memory import gradient_checkpointing, round_linear_weights
+from .sharding import free_gathered, gather_into, sharded_copy
 from .stage import StepLosses, feature_maps, first_non_finite_module, kernel_parameters, trainable
 
 # logits held at once, of teacher and student each
@@ -35,14 +38,17 @@ class LogitDistillation:
     name = "logit_distillation"
 
     def __init__(self, model: PreTrainedModel, recipe: LogitDistillationRecipe, accelerator: Accelerator):
-        self.model, self.recipe, self.accelerator = model, recipe, accelerator
+        self.recipe, self.accelerator = recipe, accelerator
         if recipe.label_weight and not all(feature_map.spec.causal for feature_map in feature_maps(model).values()):
             raise FlexdistillError(
                 f"{type(model).__name__} does not predict the next token, so there are no labels to learn; "
                 "set logit_distillation.label_weight to 0."
             )
-        self._student = SplitModel(model)
-        self._own_teacher = copy.deepcopy(model).requires_grad_(False) if recipe.train == "full" else None
+        self._own_teacher = self._copy_as_teacher(model) if recipe.train == "full" else None
+        self._whole = model
+        if self._shards:
+            model = sharded_copy(model, accelerator, cpu_offload=recipe.cpu_offload)
+        self.model, self._student = model, SplitModel(model)
         self._teacher = SplitModel(self._own_teacher) if self._own_teacher is not None else self._student
         if recipe.train == "lora":
             add_adapters(model, recipe.lora or LoraRecipe())
@@ -57,6 +63,7 @@ class LogitDistillation:
         groups = [{"params": list(trained.values()), "lr": rate} for trained, rate in rates if trained]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.clip_groups = [list(self._trained.values())]
+        self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self._trained
@@ -64,7 +71,8 @@ class LogitDistillation:
     @contextlib.contextmanager
     def active(self):
         teacher = softmax_mode(self._own_teacher) if self._own_teacher is not None else contextlib.nullcontext()
-        with trainable(self.model, set(self._trained)), teacher:
+        saving = gradient_checkpointing(self.model) if self.recipe.gradient_checkpointing else contextlib.nullcontext()
+        with trainable(self.model, set(self._trained)), teacher, saving:
             yield
 
     def backward(self, sequences: torch.Tensor) -> StepLosses:
@@ -72,9 +80,10 @@ class LogitDistillation:
         mask = torch.ones_like(sequences, dtype=torch.bool).flatten()
         labels = next_tokens(sequences).flatten()
         # sums are divided by the number of positions, of which the last has no label
-        positions_per_label = len(labels) / int((labels != -100).sum())
+        positions_per_label = len(labels) / (labels != -100).sum()
         parts = {"kl": 0.0}
-        with self.accelerator.autocast():
+        # kept casts of a sharded model's weights would be a whole model
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self._shards)):
             with torch.no_grad(), self._as_teacher():
                 teacher_hidden = self._teacher.hidden(sequences).flatten(0, 1)
             hidden = self._student.hidden(sequences).flatten(0, 1)
@@ -91,7 +100,8 @@ class LogitDistillation:
                 parts["label_loss"] = parts.get("label_loss", 0.0) + label.detach()
                 return (1 - recipe.label_weight) * kl + recipe.label_weight * label
 
-            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss)
+            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss, self.scaler.scale, self.model)
+        free_gathered(self._teacher.model)
         return StepLosses(total, mask.sum(), parts)
 
     def blame(self, sequences: torch.Tensor) -> str:
@@ -99,9 +109,25 @@ class LogitDistillation:
             return first_non_finite_module(self.model, lambda: self.model(input_ids=sequences))
 
     def finish(self) -> None:
-        """Merges the adapters into the weights."""
+        """Merges the adapters into the weights, or gathers the shards; the model given at first is trained then."""
         if self.recipe.train == "lora":
             merge_adapters(self.model)
+        if self._shards:
+            gather_into(self._whole, self.model)
+            self._whole.to(self.accelerator.device)
+
+    @property
+    def _shards(self) -> bool:
+        return self.recipe.parallel == "fsdp" and self.accelerator.num_processes > 1
+
+    def _copy_as_teacher(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self._shards:
+            model.cpu()  # until it is trained, its shards alone are on the devices
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        if precision is not None:
+            round_linear_weights(teacher, precision)
+        return sharded_copy(teacher, self.accelerator) if self._shards else teacher
 
     @contextlib.contextmanager
     def _as_teacher(self):

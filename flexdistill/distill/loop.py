@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ..devices import to_device
 from ..errors import NonFiniteLossError
 from ..recipe import StageRecipe
 from .checkpoints import Checkpoints
-from .stage import Stage, StepLosses
+from .micro_batches import MicroBatches
+from .reduction import Gradients, LossReduction
+from .stage import Stage
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, final_ratio: float) -> float:
@@ -58,42 +61,54 @@ def run_stage(
     optimizer = stage.optimizer
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
-    parameters = list(stage.trained().values())
+    gradients, reduce_losses = Gradients(stage.trained().values(), accelerator), LossReduction(accelerator)
+    micro_batches = MicroBatches(
+        stage, recipe.micro_batch_size, accelerator, gradients.zero, sharded=gradients.are_sharded
+    )
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
     log = []
     if log_file is not None and accelerator.is_main_process:
         log = _forget_after(log_file, start_step)
     losses, elapsed_before = [entry["loss"] for entry in log], log[-1]["elapsed_s"] if log else 0.0
     started = time.perf_counter()
     with stage.active():
+        if recipe.max_memory is not None:
+            largest_share = sequences[order[0][:: accelerator.num_processes]]
+            micro_batches.fit(recipe.max_memory, to_device(largest_share, accelerator.device))
         for step in range(start_step, recipe.steps if stop_step is None else stop_step):
             factor = learning_rate_factor(step, recipe.steps, recipe.warmup_steps, recipe.final_learning_rate_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            optimizer.zero_grad(set_to_none=True)
-            rows = order[step][accelerator.process_index :: accelerator.num_processes]
-            batch = sequences[rows].to(accelerator.device)
-            micro_batches = batch.split(recipe.micro_batch_size or max(len(batch), 1)) if len(batch) else ()
-            step_losses = _reduce(_sum([stage.backward(micro) for micro in micro_batches]), accelerator)
-            _reduce_gradients(parameters, step_losses.count, accelerator)
-            norms = [torch.nn.utils.clip_grad_norm_(group, recipe.clip_norm) for group in stage.clip_groups]
-            loss = float(step_losses.total / step_losses.count)
-            norm = float(torch.stack(norms).square().sum().sqrt())
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                _stop(stage, step, loss, micro_batches, checkpoints)
-            optimizer.step()
+            gradients.zero()
+            batch = to_device(sequences[order[step][share]], accelerator.device)
+            step_losses = reduce_losses(micro_batches.backward(batch))
+            gradients.average(step_losses.count)
+            stage.scaler.unscale_(optimizer)
+            norm = gradients.clip(stage.clip_groups, recipe.clip_norm)
+            # the step's one wait for the device
+            figures = [step_losses.total, *step_losses.parts.values()]
+            figures = [figure / step_losses.count for figure in figures]
+            loss, *parts, norm, size = torch.stack([*figures, norm.double(), micro_batches.agree().double()]).tolist()
+            micro_batches.follow(int(size))
+            overflowed = stage.scaler.is_enabled() and not math.isfinite(norm) and stage.scaler.get_scale() > 1
+            if not math.isfinite(loss) or not (math.isfinite(norm) or overflowed):
+                _stop(stage, step, loss, micro_batches.split(batch), checkpoints)
+            stage.scaler.step(optimizer)  # not after an overflow, which makes the scale smaller
+            stage.scaler.update()
             losses.append(loss)
 
             done, elapsed = step + 1, time.perf_counter() - started
             tokens_per_s = (done - start_step) * order.shape[1] * sequences.shape[1] / elapsed
             if log_file is not None and accelerator.is_main_process:
-                parts = {name: float(part / step_losses.count) for name, part in step_losses.parts.items()}
-                entry = {"step": done, "loss": loss, **parts, "gradient_norm": norm, "learning_rate_factor": factor}
+                entry = {"step": done, "loss": loss, **dict(zip(step_losses.parts, parts, strict=True))}
+                entry |= {"gradient_norm": None if overflowed else norm, "learning_rate_factor": factor}
                 entry |= {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(elapsed_before + elapsed, 3)}
                 with log_file.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
             update(done, loss=loss, tokens_per_s=tokens_per_s)
             if checkpoints is not None and (done == recipe.steps or done % checkpoint_every == 0):
                 checkpoints.save(stage, checkpoint_number, done)
+    gradients.release()
     return {
         "name": stage.name,
         "steps": recipe.steps,
@@ -113,42 +128,6 @@ def _forget_after(log_file: Path, step: int) -> list[dict]:
     kept = [entry for entry in entries if entry["step"] <= step]
     log_file.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     return kept
-
-
-def _sum(losses: list[StepLosses]) -> StepLosses | None:
-    total = None
-    for loss in losses:
-        total = loss if total is None else total + loss
-    return total
-
-
-def _reduce(losses: StepLosses | None, accelerator: Accelerator) -> StepLosses:
-    """Sums over processes; one that had no rows of this batch adds nothing."""
-    if accelerator.num_processes == 1:
-        return losses
-    gathered = [None] * accelerator.num_processes
-    mine = None if losses is None else (float(losses.total), float(losses.count), _floats(losses.parts))
-    torch.distributed.all_gather_object(gathered, mine)
-    present = [entry for entry in gathered if entry is not None]
-    as_losses = [StepLosses(torch.tensor(t), torch.tensor(c), p) for t, c, p in present]
-    return _sum(as_losses)
-
-
-def _floats(parts: dict) -> dict[str, float]:
-    return {name: float(part) for name, part in parts.items()}
-
-
-def _reduce_gradients(parameters: list, count: torch.Tensor, accelerator: Accelerator) -> None:
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters]
-    if accelerator.num_processes > 1:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-    torch._foreach_div_(gradients, float(count))
 
 
 def _stop(stage: Stage, step: int, loss: float, micro_batches, checkpoints: Checkpoints | None) -> None:

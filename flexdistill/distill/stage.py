@@ -32,6 +32,7 @@ class Stage(Protocol):
 
     name: str
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the gradients that `backward` adds; not enabled where they are not scaled
     clip_groups: list[list[nn.Parameter]]  # each clipped by its own norm
 
     def active(self) -> contextlib.AbstractContextManager:

@@ -1,29 +1,82 @@
-"""Trains both stages in as many processes as it is started in, and writes what the main process has to a file."""
+"""Trains in as many processes as it is started in, and writes each process's results to a file."""
 
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
+from flexdistill.distill import logits
+from flexdistill.distill.checkpoints import Checkpoints
 from tests.distill.stages import attention_transfer, logit_distillation, parameters, student, train
+from tests.tiny import VOCABULARY
 
 
-def final_parameters(batch_size: int, micro_batch_size: int | None) -> dict[str, torch.Tensor]:
-    """Parameters of a model after attention transfer and then logit distillation."""
+def both_stages(batch_size: int, micro_batch_size: int | None, poor: int | None = None) -> dict[str, torch.Tensor]:
+    """Parameters after attention transfer and then full logit distillation.
+
+    Args:
+        poor: the process that has no memory for more than one sequence at a time.
+    """
     settings = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
     model = student()
-    train(attention_transfer(model, **settings))
-    train(logit_distillation(model, train="full", learning_rate=1e-3, label_weight=0.2, **settings))
+    distil = {"train": "full", "learning_rate": 1e-3, "label_weight": 0.2}
+    for make, more in ((attention_transfer, {}), (logit_distillation, distil)):
+        stage = make(model, **settings, **more)
+        if PartialState().process_index == poor:
+            limit_memory(stage, 1)
+        train(stage)
     return parameters(model)
 
 
+def limit_memory(stage, most: int) -> list[int]:
+    """Makes a stage run out of memory, with its gradients half added, on more than `most` sequences; returns sizes."""
+    whole, sizes = stage.backward, []
+
+    def backward(sequences):
+        sizes.append(len(sequences))
+        losses = whole(sequences)
+        if len(sequences) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return losses
+
+    stage.backward = backward
+    return sizes
+
+
+def sharded(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Parameters after a distillation that is sharded, stopped, and gone on with from its checkpoint."""
+    settings = {"train": "full", "learning_rate": 1e-3, "label_weight": 0.2, "micro_batch_size": 1, "batch_size": 4}
+    settings |= {"parallel": "fsdp", "gradient_checkpointing": name == "llama"}
+    checkpoints = Checkpoints(folder / name, 2, writes=PartialState().is_main_process)
+    train(logit_distillation(student(name), **settings), stop_step=3, checkpoints=checkpoints, checkpoint_every=3)
+    PartialState().wait_for_everyone()
+    model = student(name)
+    stage = logit_distillation(model, **settings)
+    if PartialState().num_processes > 1:
+        local = sum(parameter.to_local().numel() for parameter in stage.trained().values())
+        assert local <= 0.6 * sum(parameter.numel() for parameter in model.parameters())
+    checkpoint = checkpoints.latest()
+    checkpoint.load(stage)
+    train(stage, start_step=checkpoint.step)
+    stage.finish()
+    return parameters(model)
+
+
+def results(folder: Path) -> dict[str, torch.Tensor]:
+    """Every case in turn: case/parameter -> value."""
+    logits.LOGITS_PER_PIECE = 10 * VOCABULARY  # the head in pieces
+    cases = {f"batch {size}": lambda size=size: both_stages(size, None) for size in (4, 3, 1)}
+    cases["batch 5 in micro-batches of 2"] = lambda: both_stages(5, 2)
+    cases["one process short of memory"] = lambda: both_stages(6, None, poor=1)
+    cases |= {f"sharded {name}": lambda name=name: sharded(folder, name) for name in ("llama", "gpt2")}
+    return {f"{case}/{name}": value for case, run in cases.items() for name, value in run().items()}
+
+
 if __name__ == "__main__":
-    file, *batch_sizes = sys.argv[1:]
-    results = {}
-    for batch_size in batch_sizes:
-        found = final_parameters(int(batch_size), None)
-        results |= {f"{batch_size}/{name}": value for name, value in found.items()}
+    folder = Path(sys.argv[1])
+    found = results(folder)
     assert PartialState().num_processes == 2
-    save_file(results, f"{file}-{PartialState().process_index}")
+    save_file(found, folder / f"result-{PartialState().process_index}")
     torch.distributed.destroy_process_group()

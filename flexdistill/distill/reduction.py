@@ -1,0 +1,108 @@
+"""Sums over processes: the gradients of a step and its losses.
+
+Not DistributedDataParallel, which averages where a step divides a sum by a global count, hooks a forward pass that
+attention transfer runs without gradients, and would reduce after every backward pass: a step has one per layer, or one
+per piece of the head. Flat sums need neither hooks nor copies. They do not overlap with the backward pass, which would
+gain little: a step's gradients are read and written once by the link, while the step reads the weights for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .sharding import whole_tensor
+from .stage import StepLosses
+
+
+class Gradients:
+    """The gradients of some parameters.
+
+    Args:
+        parameters: of those that every one of several processes holds whole, `grad` becomes a view of one flat buffer
+            per dtype. FSDP sums what it shards, and in one process there is nothing to sum.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], accelerator: Accelerator):
+        self._processes, self._device = accelerator.num_processes, accelerator.device
+        self._parameters = list(parameters)
+        flat = [p for p in self._parameters if self._processes > 1 and not isinstance(p, DTensor)]
+        self._buffers = []
+        for dtype in dict.fromkeys(parameter.dtype for parameter in flat):
+            alike = [parameter for parameter in flat if parameter.dtype == dtype]
+            buffer = torch.zeros(sum(p.numel() for p in alike), dtype=dtype, device=alike[0].device)
+            for parameter, part in zip(alike, buffer.split([p.numel() for p in alike]), strict=True):
+                parameter.grad = part.view_as(parameter)
+            self._buffers.append(buffer)
+        self._others = [] if flat else self._parameters
+
+    @property
+    def are_sharded(self) -> bool:
+        return any(isinstance(parameter, DTensor) for parameter in self._parameters)
+
+    def zero(self) -> None:
+        """Forgets what backward passes have added."""
+        for buffer in self._buffers:
+            buffer.zero_()
+        for parameter in self._others:
+            parameter.grad = None
+
+    def average(self, count: torch.Tensor) -> None:
+        """Sums over processes, divided by the scalar `count` of all of them."""
+        for buffer in self._buffers:
+            torch.distributed.all_reduce(buffer)
+            buffer.div_(count)
+        for parameter in self._others:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self._others:
+            gradients = [_local(parameter.grad) for parameter in self._others]
+            # FSDP has summed its gradients, and divided them by the number of processes
+            torch._foreach_div_(gradients, (count / self._processes).to(gradients[0].device))
+
+    def clip(self, groups: list[list[nn.Parameter]], norm: float) -> torch.Tensor:
+        """Scales each group down to a norm of at most `norm`; returns the norm of all of them before, a scalar."""
+        norms = [torch.nn.utils.clip_grad_norm_(group, norm) for group in groups]
+        return torch.stack([whole_tensor(each).to(self._device) for each in norms]).square().sum().sqrt()
+
+    def release(self) -> None:
+        """Frees the memory."""
+        self._buffers = []
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+class LossReduction:
+    """Sums a step's losses over processes by one small reduction, and without waiting for the device."""
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._names: list[str] | None = None
+
+    def __call__(self, losses: StepLosses | None) -> StepLosses:
+        """The sums as float64; a process that had no rows of the step's batch brings None."""
+        several = self._accelerator.num_processes > 1
+        if self._names is None:
+            self._names = self._agree(losses) if several else list(losses.parts)
+        sums = torch.zeros(2 + len(self._names), dtype=torch.float64, device=self._accelerator.device)
+        if losses is not None:
+            values = [losses.total, losses.count, *(losses.parts[name] for name in self._names)]
+            sums += torch.stack([torch.as_tensor(value, device=sums.device).double() for value in values])
+        if several:
+            torch.distributed.all_reduce(sums)
+        total, count, *parts = sums.unbind()
+        return StepLosses(total, count, dict(zip(self._names, parts, strict=True)))
+
+    def _agree(self, losses: StepLosses | None) -> list[str]:
+        """The names of the parts, which a process without rows does not know; once, since it waits and pickles."""
+        gathered = [None] * self._accelerator.num_processes
+        torch.distributed.all_gather_object(gathered, None if losses is None else list(losses.parts))
+        return next(names for names in gathered if names is not None)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
