@@ -255,8 +255,7 @@ def _backward(ctx, d_rows, _, d_student, __):
     d_student = torch.zeros_like(student) if d_student is None else d_student
     gradients = transfer_backward_op(d_rows, d_student, rows, student, *saved, *ctx.settings)
     d_q_features, d_k_features, d_decay, d_log_weight, d_mix = gradients
-    d_decay = None if ctx.saved_tensors[5] is None else d_decay
-    return d_q_features, d_k_features, d_decay, d_log_weight, d_mix, *(None,) * 11
+    return d_q_features, d_k_features, d_decay if len(d_decay) else None, d_log_weight, d_mix, *(None,) * 11
 
 
 def _norm(features: torch.Tensor) -> torch.Tensor:

@@ -148,9 +148,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, d_output, *_):
-    gradients = attention_backward_op(d_output, *ctx.saved_tensors, *ctx.settings)
+    saved = ctx.saved_tensors  # activation checkpointing gives them out once
+    gradients = attention_backward_op(d_output, *saved, *ctx.settings)
     d_query, d_key, d_value, d_q_map, d_k_map = gradients
-    q_w1, q_w2, q_amplitude, _, k_w1, k_w2, k_amplitude, _, decay = ctx.saved_tensors[10:19]
+    q_w1, q_w2, q_amplitude, _, k_w1, k_w2, k_amplitude, _, decay = saved[10:19]
     *q_gradients, d_gate, q_moments = split_map(d_q_map, q_w1, q_w2, q_amplitude)
     *k_gradients, _, k_moments = split_map(d_k_map, k_w1, k_w2, k_amplitude)
     d_decay = None
