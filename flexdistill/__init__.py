@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import compare, convert, evaluate, plan
-    from .errors import FlexdistillError, NonFiniteLossError
+    from .errors import FlexdistillError, LostProcessError, NonFiniteLossError, RunInterrupted
     from .hub import push
     from .recipe import Recipe
 
@@ -28,9 +28,22 @@ _PUBLIC = {
     "push": ".hub",
     "Recipe": ".recipe",
     "FlexdistillError": ".errors",
+    "LostProcessError": ".errors",
     "NonFiniteLossError": ".errors",
+    "RunInterrupted": ".errors",
 }
-__all__ = ["FlexdistillError", "NonFiniteLossError", "Recipe", "compare", "convert", "evaluate", "plan", "push"]
+__all__ = [
+    "FlexdistillError",
+    "LostProcessError",
+    "NonFiniteLossError",
+    "Recipe",
+    "RunInterrupted",
+    "compare",
+    "convert",
+    "evaluate",
+    "plan",
+    "push",
+]
 
 
 def __getattr__(name: str):

@@ -39,6 +39,7 @@ def convert(
 
     Raises:
         FlexdistillError: if the input does not fit; nothing on disk has changed then.
+        RunInterrupted: on SIGTERM or SIGINT, once `resume` can go on from the step under way.
     """
     return run_conversion(_with_settings(recipe, model, settings), output, overwrite=overwrite, resume=resume)
 

@@ -52,7 +52,7 @@ from .cli_options import (
     training_option,
 )
 from .cli_output import is_main_process, print_json, show_metrics, show_plan, show_positions
-from .errors import FlexdistillError
+from .errors import FlexdistillError, RunInterrupted
 
 app = typer.Typer(
     help="Converts pretrained Hugging Face transformers to Flexformer linear attention.",
@@ -362,7 +362,10 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
 
 
 def main() -> None:
-    """The console script: errors that a user can act on are one line on stderr and exit code 2."""
+    """The console script: errors that a user can act on are one line on stderr and exit code 2.
+
+    A run that a signal stopped says how to go on and exits with 128 + the signal's number.
+    """
     try:
         app()
     except FlexdistillError as error:
@@ -375,5 +378,9 @@ def main() -> None:
         else:
             print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunInterrupted as stop:
+        if is_main_process():
+            print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

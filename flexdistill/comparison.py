@@ -20,14 +20,15 @@ from transformers import PreTrainedModel
 
 from .conversion import Plan, apply_plan, make_plan, resolve_kernel
 from .devices import forget_peak_memory, make_accelerator
-from .distill.checkpoints import Checkpoints
 from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
-from .export import check_output, export
+from .export import export
 from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
-from .pipeline import STAGES, plan_facts, run_facts, run_stages, write_json
+from .pipeline import STAGES, plan_facts, run_facts, run_stages
 from .recipe import KernelRecipe, Recipe
 from .report import has_matplotlib, plot_comparison
+from .runs import check_output
+from .storage import write_json
 from .tables import comparison_table, markdown_table
 
 Variant = str | dict[str, Any]
@@ -134,7 +135,7 @@ def _compare(
         folder = output / _folder(entry.name)
         student, result = _run(entry, plans[entry.name], teacher, sequences, folder, points, accelerator)
         if accelerator.is_main_process and export_models and "error" not in result:
-            details = {"source": source, "recipe": entry.recipe, "metrics": result}
+            details = {"source": source, "recipe": entry.recipe, "metrics": result, "work": folder}
             export(student, tokenizer, folder / "model", logs=sorted(folder.glob("*.jsonl")), **details)
         del student
         results[entry.name] = {"name": entry.name, "inputs_sha256": keys[entry.name]} | result
@@ -178,10 +179,9 @@ def _run(
     steps = recipe.attention_transfer.steps + recipe.logit_distillation.steps
     pauses = {"pause_every": -(-steps // points), "at_pause": evaluate} if points else {}
     result = {"model": recipe.model, "kernel": recipe.kernel.model_dump()}
-    # a comparison goes on by entries, so the stages write no checkpoints
-    checkpoints = Checkpoints(folder, recipe.checkpoint.keep, writes=False)
     try:
-        stages = run_stages(recipe, student, sequences, accelerator, folder, checkpoints, **pauses)
+        # a comparison goes on by entries, so the stages write no checkpoints
+        stages = run_stages(recipe, student, sequences, accelerator, folder, **pauses)
     except NonFiniteLossError as error:
         return student, result | {"curve": curve, "error": str(error)}
     result |= plan_facts(plan, student)

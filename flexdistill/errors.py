@@ -22,6 +22,22 @@ class NonFiniteLossError(FlexdistillError):
     """A loss or gradient became NaN or infinite; nothing after the named step was kept."""
 
 
+class LostProcessError(FlexdistillError):
+    """Another process of the run died or does not answer, so this one stopped too."""
+
+
+class RunInterrupted(BaseException):
+    """A signal stopped a run, which --resume goes on with; no Exception, so that nothing takes it for a failure.
+
+    Args:
+        number: the signal's.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 def first_sentence(error: Exception) -> str:
     """The beginning of a foreign error's message, without its full stop; its type where it has none."""
     return re.split(r"[.:]?\s*\n|\. |[.:]$", str(error).strip())[0] or type(error).__name__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 import torch
@@ -19,34 +18,11 @@ from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .progress import progress_bars_on_terminals_only
 from .recipe import Recipe
+from .runs import ASIDE, REPLACED
 from .runtime.linear_attention import CHUNK
 from .runtime.modeling_flexformer import MODEL_TAGS
 from .sources import ModelSource, load_card
-
-
-def working_folder(output: Path) -> Path:
-    """Where a run lives until its result is whole."""
-    return output.with_name(output.name + ".partial")
-
-
-def check_output(output: Path, *, overwrite: bool, resume: bool, inputs: tuple[str | None, ...] = ()) -> None:
-    """Raises FlexdistillError if writing `output` would touch a result, an unfinished run or an input that is there."""
-    for name in inputs:
-        path = Path(name).expanduser().resolve() if name else None
-        if path is not None and path.exists() and path.is_relative_to(output):
-            raise FlexdistillError(f"Output {output} would replace the input {name}; choose another --output.")
-    if output.exists() and not output.is_dir():
-        raise FlexdistillError(f"Output {output} is a file; name a folder.")
-    if not output.name or output.is_mount():
-        raise FlexdistillError(f"Output {output} cannot be replaced as a whole; name a folder inside it.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise FlexdistillError(f"Output {output} is not empty; choose another --output, or pass --overwrite.")
-    work = working_folder(output)
-    if work.exists() and not (overwrite or resume):
-        raise FlexdistillError(
-            f"{work} holds a run that is unfinished or still going on; pass --resume to go on with it, or --overwrite "
-            "to start again."
-        )
+from .storage import sync
 
 
 def export(
@@ -58,15 +34,17 @@ def export(
     recipe: Recipe,
     metrics: dict,
     logs: list[Path],
+    work: Path,
 ) -> None:
-    """Writes everything aside, checks that it reloads to the same logits, and only then puts it in place.
+    """Writes everything aside in `work`, checks that it reloads to the same logits, and only then puts it in place.
 
     `metrics` gains `reload_max_logit_difference`.
 
     Raises:
         FlexdistillError: if the disk is full or not writable, or the reloaded model differs.
     """
-    aside = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
+    aside = work / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         with progress_bars_on_terminals_only():
@@ -78,7 +56,7 @@ def export(
         (aside / "README.md").write_text(model_card(model, source, recipe, metrics))
         for log in logs:
             shutil.copyfile(log, aside / log.name)
-        _put_in_place(aside, output)
+        _put_in_place(aside, output, work / REPLACED)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -217,16 +195,16 @@ def _reload_difference(model: PreTrainedModel, folder: Path) -> float:
     return difference
 
 
-def _put_in_place(aside: Path, output: Path) -> None:
-    old = None
-    if output.exists():
-        old = output.with_name(f".{output.name}.old-{uuid.uuid4().hex[:8]}")
-        os.replace(output, old)
+def _put_in_place(aside: Path, output: Path, replaced: Path) -> None:
+    for path in sorted(aside.iterdir()):
+        sync(path)
+    shutil.rmtree(replaced, ignore_errors=True)
     try:
+        if output.exists():
+            os.replace(output, replaced)
         os.replace(aside, output)
-    except OSError:
-        if old is not None:
-            os.replace(old, output)
+    except BaseException:  # a signal too
+        if replaced.exists() and not output.exists():
+            os.replace(replaced, output)
         raise
-    if old is not None:
-        shutil.rmtree(old)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -14,11 +14,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 from .cli_output import is_main_process
-from .errors import FlexdistillError
+from .distill.interruption import SIGNALS
+from .errors import FlexdistillError, LostProcessError
 
 _OPTION = "--num-processes"
 # set for the processes whose errors the launcher prints
 _LAUNCHED = "FLEXDISTILL_LAUNCHED"
+_STOPPED = {128 + number for number in SIGNALS}
 
 
 def launch(num_processes: int) -> bool:
@@ -55,7 +57,8 @@ def launch(num_processes: int) -> bool:
             elastic_launch(config, sys.executable)("-m", "flexdistill", *_without_option(sys.argv[1:]))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            print(f"Error: {_message(rank, failure)}", file=sys.stderr)
+            if failure.exitcode not in _STOPPED:  # by a signal, which the main process has told
+                print(f"Error: {_message(rank, failure)}", file=sys.stderr)
             raise SystemExit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode) from None
         except SignalException as error:
             raise SystemExit(128 + error.sigval) from None
@@ -65,7 +68,8 @@ def launch(num_processes: int) -> bool:
 def report(error: FlexdistillError) -> None:
     """Tells the user of an error that each of several processes may have: by the launcher, or by the main process."""
     get_error_handler().record_exception(error)
-    if _LAUNCHED not in os.environ and is_main_process():
+    lost = isinstance(error, LostProcessError)  # it may be the main process that died
+    if _LAUNCHED not in os.environ and (lost or is_main_process()):
         print(f"Error: {error}", file=sys.stderr)
 
 

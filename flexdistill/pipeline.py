@@ -5,8 +5,6 @@ recipe -> teacher -> plan -> converted student -> attention transfer -> logit di
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -28,13 +26,14 @@ from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
 from .distill.measurement import measure_kernels
 from .distill.stage import kernel_parameters
-from .errors import FlexdistillError, disk_errors
 from .evaluation import compare_models
-from .export import check_output, export, working_folder
+from .export import export
 from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
 from .progress import stage_progress
 from .recipe import Recipe, StageRecipe
+from .runs import Run, open_run, read_json
 from .sources import load_model
+from .storage import write_json
 
 STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
 # sequences that kernels take their constants from
@@ -52,15 +51,16 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
     Raises:
         FlexdistillError: if anything about the input does not fit; then nothing on disk has changed.
         NonFiniteLossError: if training diverges.
+        LostProcessError: if another process of the run dies.
+        RunInterrupted: on SIGTERM or SIGINT, after the step under way and its checkpoint.
     """
     output = Path(output).expanduser().resolve()
     inputs = (recipe.model, recipe.data.source, recipe.evaluation.source)
-    check_output(output, overwrite=overwrite, resume=resume, inputs=inputs)
-    with disk_errors(output):
-        return _convert(recipe, output, resume)
+    with open_run(output, overwrite=overwrite, resume=resume, inputs=inputs) as run:
+        return _convert(recipe, run)
 
 
-def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
+def _convert(recipe: Recipe, run: Run) -> dict:
     started = time.perf_counter()
     recipe = recipe.model_copy(update={"kernel": resolve_kernel(recipe.kernel)})
     accelerator = make_accelerator(recipe.precision, cpu_offload=recipe.logit_distillation.cpu_offload)
@@ -73,11 +73,9 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     check_lengths(recipe)
     sequences = load_sequences(recipe, model, tokenizer)
 
-    work = working_folder(output)
-    checkpoint = _prepare_work(work, recipe, input_hashes(model, sequences), resume, accelerator)
-    checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
+    checkpoints, checkpoint = run.begin(recipe, input_hashes(model, sequences), accelerator)
     student = apply_plan(model, plan).to(accelerator.device)
-    stages = run_stages(recipe, student, sequences, accelerator, work, checkpoints, checkpoint)
+    stages = run_stages(recipe, student, sequences, accelerator, run.work, checkpoints, checkpoint)
 
     teacher = student
     if recipe.logit_distillation.steps and recipe.logit_distillation.train != "kernels":
@@ -86,9 +84,8 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     metrics |= compare_models(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
     metrics |= run_facts(stages, started, accelerator)
     if accelerator.is_main_process:
-        logs = sorted(work.glob("*.jsonl"))
-        export(student, tokenizer, output, source=source, recipe=recipe, metrics=metrics, logs=logs)
-        shutil.rmtree(work)
+        details = {"source": source, "recipe": recipe, "metrics": metrics, "work": run.work}
+        export(student, tokenizer, run.output, logs=sorted(run.work.glob("*.jsonl")), **details)
     accelerator.wait_for_everyone()
     return metrics
 
@@ -99,7 +96,7 @@ def run_stages(
     sequences: Sequences,
     accelerator: Accelerator,
     work: Path,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None = None,
     checkpoint: Checkpoint | None = None,
     *,
     pause_every: int = 0,
@@ -138,7 +135,7 @@ def run_stages(
         if STAGES[name] is LogitDistillation and recipe.kernel.keep_softmax:
             chosen = work / "kept_softmax.json"
             if number == reached:
-                kl_gains = _read_json(chosen)
+                kl_gains = read_json(chosen)
             else:
                 kl_gains = choose_layers(
                     student, recipe.kernel.keep_softmax, sequences.selection, recipe.evaluation.batch_size, accelerator
@@ -150,7 +147,7 @@ def run_stages(
             continue
         summary = work / f"{name}.json"
         if number < reached:
-            summaries.append(_read_json(summary))
+            summaries.append(read_json(summary))
             continue
         stage = STAGES[name](student, recipes[name], accelerator)
         start_step = 0
@@ -170,7 +167,6 @@ def run_stages(
                     stop_step=stop,
                     checkpoints=checkpoints,
                     checkpoint_number=number,
-                    checkpoint_every=recipe.checkpoint.every_steps,
                     log_file=work / f"{name}.jsonl",
                     update=update,
                 )
@@ -181,66 +177,6 @@ def run_stages(
         if accelerator.is_main_process:
             write_json(summary, result)
     return summaries
-
-
-def _prepare_work(
-    work: Path, recipe: Recipe, hashes: dict[str, str], resume: bool, accelerator: Accelerator
-) -> Checkpoint | None:
-    """Makes the folder of a run, or checks that it is of the same inputs; returns the checkpoint to go on from."""
-    settings, inputs = work / "recipe.yaml", work / "inputs.json"
-    checkpoint = None
-    if resume:
-        if not settings.is_file():
-            raise FlexdistillError(f"There is no unfinished run in {work} to resume; leave --resume out.")
-        _check_same_recipe(Recipe.load(settings), recipe)
-        changed = [name for name, before in _read_json(inputs).items() if before != hashes[name]]
-        if changed:
-            raise FlexdistillError(
-                f"The {' and the '.join(changed)} changed since the unfinished run began; restore what it began with, "
-                "or start again with --overwrite."
-            )
-        checkpoint = Checkpoints(work, recipe.checkpoint.keep).latest()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not resume:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_json(inputs, hashes)
-        settings.write_text(recipe.to_yaml())
-    accelerator.wait_for_everyone()
-    return checkpoint
-
-
-def write_json(file: Path, value: dict) -> None:
-    """Writes aside, then renames, so that the file is whole or as it was."""
-    aside = file.with_suffix(".writing")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    aside.replace(file)
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise FlexdistillError(
-            f"{file} is missing or damaged, so the unfinished run cannot go on; start again with --overwrite."
-        ) from error
-
-
-def _check_same_recipe(before: Recipe, now: Recipe) -> None:
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
-    differing = [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in new if old.get(key) != new.get(key)]
-    if differing:
-        raise FlexdistillError(
-            f"The unfinished run used another recipe: {', '.join(differing)}; use the same settings to resume, or "
-            "start again with --overwrite."
-        )
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _orders(stages: dict[str, StageRecipe], num_sequences: int, seed: int) -> dict[str, torch.Tensor]:

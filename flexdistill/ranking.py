@@ -9,7 +9,6 @@ from accelerate.utils import set_seed
 
 from .conversion import apply_plan, make_plan
 from .devices import make_accelerator
-from .distill.checkpoints import Checkpoints
 from .distill.layer_selection import choose_layers, kl_with_softmax_in
 from .inputs import check_devices, check_lengths, load_sequences, load_source
 from .pipeline import run_stages
@@ -37,9 +36,8 @@ def rank_layers(recipe: Recipe) -> dict:
     sequences = load_sequences(choosing, model, tokenizer)
     student = apply_plan(model, plan).to(accelerator.device)
     with tempfile.TemporaryDirectory() as work:
-        checkpoints = Checkpoints(Path(work), recipe.checkpoint.keep, writes=False)
         all_linear = recipe.override({"kernel.keep_softmax": 0, "logit_distillation.steps": 0})
-        run_stages(all_linear, student, sequences, accelerator, Path(work), checkpoints)
+        run_stages(all_linear, student, sequences, accelerator, Path(work))
     arguments = (sequences.selection, recipe.evaluation.batch_size, accelerator)
     names = [module.name for module in plan.converted]
     kl, *figures = kl_with_softmax_in(student, [[], *([name] for name in names)], *arguments)

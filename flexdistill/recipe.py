@@ -181,7 +181,8 @@ class LogitDistillationRecipe(StageRecipe):
 class CheckpointRecipe(_Section):
     """Where an interrupted run goes on."""
 
-    every_steps: int = Field(100, ge=1)
+    every_steps: int | None = Field(100, ge=1, description="None: not by steps")
+    every_minutes: float | None = Field(None, gt=0, description="whichever comes first; None: not by time")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
 
 

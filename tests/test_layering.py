@@ -20,10 +20,10 @@ RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
 # lower modules must not import higher ones
 LAYERS = [
     {"errors"},
-    {"recipe", "runtime", "progress", "losses"},
+    {"recipe", "runtime", "progress", "losses", "storage"},
     {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
     {"attention_search", "conversion", "distill"},
-    {"evaluation", "export", "hub", "inputs", "report", "scoring"},
+    {"evaluation", "export", "hub", "inputs", "report", "runs", "scoring"},
     {"generation", "pipeline", "positions", "recall"},
     {"comparison", "ranking"},
     {"api"},

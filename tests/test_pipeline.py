@@ -523,7 +523,7 @@ def fail_in_rename(patch):
     replace = os.replace
 
     def failing(source, target):
-        if Path(target).name == "out" and Path(source).name.startswith(".out.") and "old" not in Path(source).name:
+        if Path(target).name == "out" and Path(source).name == "export":
             raise OSError(28, "No space left on device")
         return replace(source, target)
 

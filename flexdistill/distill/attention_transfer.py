@@ -44,6 +44,7 @@ class AttentionTransfer:
         self.clip_groups = [list(feature_map.parameters()) for feature_map in maps]
         self.optimizer = torch.optim.Adam(kernel_parameters(model).values(), lr=recipe.learning_rate)
         self.scaler = torch.amp.GradScaler(enabled=False)  # kernels are differentiated in float32 alone
+        self.states = {}
         self._losses: list[tuple[str, StepLosses]] = []  # a module that several layers share comes several times
 
     def trained(self) -> dict[str, nn.Parameter]:

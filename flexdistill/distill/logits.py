@@ -64,6 +64,7 @@ class LogitDistillation:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.clip_groups = [list(self._trained.values())]
         self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
+        self.states = {"gradient_scaler": self.scaler}
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self._trained

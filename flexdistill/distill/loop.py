@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 
 from ..devices import to_device
-from ..errors import NonFiniteLossError
+from ..errors import FlexdistillError, NonFiniteLossError
 from ..recipe import StageRecipe
+from ..storage import write_whole
 from .checkpoints import Checkpoints
 from .micro_batches import MicroBatches
 from .reduction import Gradients, LossReduction
@@ -39,7 +40,6 @@ def run_stage(
     stop_step: int | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_number: int = 0,
-    checkpoint_every: int = 0,
     log_file: Path | None = None,
     update: Callable[..., None] = lambda *args, **kwargs: None,
 ) -> dict:
@@ -57,6 +57,7 @@ def run_stage(
 
     Raises:
         NonFiniteLossError: at the first loss or gradient that is NaN or infinite.
+        RunInterrupted: by a signal, after the step under way and its checkpoint.
     """
     optimizer = stage.optimizer
     for group in optimizer.param_groups:
@@ -71,7 +72,8 @@ def run_stage(
         log = _forget_after(log_file, start_step)
     losses, elapsed_before = [entry["loss"] for entry in log], log[-1]["elapsed_s"] if log else 0.0
     started = time.perf_counter()
-    with stage.active():
+    whole_steps = checkpoints.interruption.deferred() if checkpoints is not None else contextlib.nullcontext()
+    with stage.active(), whole_steps:
         if recipe.max_memory is not None:
             largest_share = sequences[order[0][:: accelerator.num_processes]]
             micro_batches.fit(recipe.max_memory, to_device(largest_share, accelerator.device))
@@ -85,6 +87,8 @@ def run_stage(
             gradients.average(step_losses.count)
             stage.scaler.unscale_(optimizer)
             norm = gradients.clip(stage.clip_groups, recipe.clip_norm)
+            if checkpoints is not None:
+                checkpoints.agree()
             # the step's one wait for the device
             figures = [step_losses.total, *step_losses.parts.values()]
             figures = [figure / step_losses.count for figure in figures]
@@ -106,8 +110,8 @@ def run_stage(
                 with log_file.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
             update(done, loss=loss, tokens_per_s=tokens_per_s)
-            if checkpoints is not None and (done == recipe.steps or done % checkpoint_every == 0):
-                checkpoints.save(stage, checkpoint_number, done)
+            if checkpoints is not None:
+                checkpoints.after_step(stage, checkpoint_number, done, last=done == recipe.steps)
     gradients.release()
     return {
         "name": stage.name,
@@ -126,15 +130,20 @@ def _forget_after(log_file: Path, step: int) -> list[dict]:
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
     kept = [entry for entry in entries if entry["step"] <= step]
-    log_file.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    write_whole(log_file, "".join(json.dumps(entry) + "\n" for entry in kept))
     return kept
 
 
 def _stop(stage: Stage, step: int, loss: float, micro_batches, checkpoints: Checkpoints | None) -> None:
     where = next((stage.blame(micro) for micro in micro_batches), "another process's sequences")
-    latest = checkpoints.latest() if checkpoints is not None else None
-    kept = f"the last good checkpoint is {latest.folder}" if latest else "there is no earlier checkpoint"
+    latest = None
+    if checkpoints is not None:
+        with contextlib.suppress(FlexdistillError):  # none is whole, which --resume will say
+            latest = checkpoints.latest()
+    kept = "there is no earlier checkpoint; "
+    if latest is not None:
+        kept = f"the last good checkpoint is {latest.folder}; go on from it with --resume, "
     raise NonFiniteLossError(
         f"{stage.name} stopped at step {step + 1}: the loss is {loss} and the first value that is not finite is in "
-        f"{where}; {kept}; check the data, or start again with --overwrite and a lower learning rate."
+        f"{where}; {kept}check the data, or start again with --overwrite and a lower learning rate."
     )

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .sharding import whole_tensor
+from .sharding import own_shard, whole_tensor
 from .stage import StepLosses
 
 
@@ -60,7 +60,7 @@ class Gradients:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self._others:
-            gradients = [_local(parameter.grad) for parameter in self._others]
+            gradients = [own_shard(parameter.grad) for parameter in self._others]
             # FSDP has summed its gradients, and divided them by the number of processes
             torch._foreach_div_(gradients, (count / self._processes).to(gradients[0].device))
 
@@ -102,7 +102,3 @@ class LossReduction:
         gathered = [None] * self._accelerator.num_processes
         torch.distributed.all_gather_object(gathered, None if losses is None else list(losses.parts))
         return next(names for names in gathered if names is not None)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

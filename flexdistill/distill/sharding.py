@@ -63,6 +63,12 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(tensor.device_mesh.device_type).full_tensor()  # shards may be offloaded
 
 
+def own_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds; all of it without sharding."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_on_cpu(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
     """Copies of whole tensors on CPU; a process that does not keep them only takes part in gathering shards."""
     found = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,12 +27,23 @@ class StepLosses:
         return StepLosses(self.total + other.total, self.count + other.count, parts)
 
 
+class Stateful(Protocol):
+    """Anything whose state is tensors and plain values by name, such as a gradient scaler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and values that JSON holds."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+
+
 class Stage(Protocol):
     """A way to train a converted model: what it trains, and the gradients that a batch adds."""
 
     name: str
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the gradients that `backward` adds; not enabled where they are not scaled
+    states: dict[str, Stateful]  # what a checkpoint keeps beside parameters and optimiser
     clip_groups: list[list[nn.Parameter]]  # each clipped by its own norm
 
     def active(self) -> contextlib.AbstractContextManager:

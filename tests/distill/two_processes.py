@@ -49,8 +49,8 @@ def sharded(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """Parameters after a distillation that is sharded, stopped, and gone on with from its checkpoint."""
     settings = {"train": "full", "learning_rate": 1e-3, "label_weight": 0.2, "micro_batch_size": 1, "batch_size": 4}
     settings |= {"parallel": "fsdp", "gradient_checkpointing": name == "llama"}
-    checkpoints = Checkpoints(folder / name, 2, writes=PartialState().is_main_process)
-    train(logit_distillation(student(name), **settings), stop_step=3, checkpoints=checkpoints, checkpoint_every=3)
+    checkpoints = Checkpoints(folder / name, 2, writes=PartialState().is_main_process, every_steps=3)
+    train(logit_distillation(student(name), **settings), stop_step=3, checkpoints=checkpoints)
     PartialState().wait_for_everyone()
     model = student(name)
     stage = logit_distillation(model, **settings)

@@ -1,0 +1,41 @@
+"""Files that are whole or as they were, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+_BLOCK = 2**20
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes aside, syncs, then renames."""
+    aside = file.with_name(file.name + ".writing")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    os.replace(aside, file)
+    sync(file.parent)
+
+
+def write_json(file: Path, value: dict) -> None:
+    """`write_whole` of a value as JSON."""
+    write_whole(file, json.dumps(value, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder's list of files is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
