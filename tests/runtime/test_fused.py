@@ -266,6 +266,22 @@ def test_operators_fit_torch(variant):
     torch.library.opcheck(decode_op, (*token, None, *maps, values, norms, maximum, 1.0), test_utils=checks)
 
 
+@pytest.mark.parametrize("variant", ["nonstationary", "nonstationary+decay"])
+def test_activation_checkpointing(variant):
+    """It gives saved tensors out once, and computes the forward pass anew."""
+    feature_map = kernel(variant, "hyperbolic")
+    inputs = query_key_value(20)
+    leaves = [*inputs, *feature_map.parameters()]
+
+    def function(*inputs):
+        return attend(feature_map, *inputs, scaling=SCALING, keep_memory=False)[0].square().sum()
+
+    expected = torch.autograd.grad(function(*inputs), leaves)
+    loss = torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_compiles_without_graph_breaks():
     torch._dynamo.reset()
     feature_map = kernel("nonstationary", "hyperbolic")
