@@ -23,9 +23,9 @@ LAYERS = [
     {"recipe", "runtime", "progress", "losses", "storage"},
     {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
     {"attention_search", "conversion", "distill", "self_test"},
-    {"evaluation", "export", "hub", "inputs", "report", "runs", "scoring"},
+    {"evaluation", "export", "hub", "inputs", "report", "report_figures", "runs", "scoring"},
     {"generation", "pipeline", "positions", "recall"},
-    {"comparison", "ranking"},
+    {"comparison", "ranking", "report_page"},
     {"api"},
     {"cli", "cli_options", "cli_output", "cli_reports", "doctor", "launcher"},
 ]
