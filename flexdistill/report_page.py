@@ -57,7 +57,10 @@ p { margin: .4rem 0; max-width: 45rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
-@media (max-width: 30rem) { th, td { padding: .3rem; font-size: .85rem } th { white-space: normal } }
+@media (max-width: 30rem) {
+  th, td { padding: .3rem .25rem; font-size: .8rem }
+  th, td:first-child { white-space: normal }
+}
 .figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 0; padding: .6rem; background: var(--soft); border-radius: .5rem; min-width: 0 }
 figure svg { display: block; width: 100%; height: auto; color: var(--ink) }
