@@ -147,7 +147,7 @@ def _log(file: Path) -> list[dict[str, Any]]:
 
 def _summary(metrics: dict[str, Any]) -> str:
     teacher = metrics["rows"][0]["perplexity"]
-    columns = ["model", "perplexity", "over teacher", "KL to teacher", "top-1 agreement"]
+    columns = ["model", "perplexity", "over teacher", "KL to teacher", "same top-1"]
     rows = []
     for row in metrics["rows"]:
         ratio = row["perplexity"] / teacher if teacher else None
