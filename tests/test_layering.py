@@ -22,12 +22,12 @@ LAYERS = [
     {"errors"},
     {"recipe", "runtime", "progress", "losses", "storage"},
     {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
-    {"attention_search", "conversion", "distill"},
-    {"evaluation", "export", "hub", "inputs", "report", "runs", "scoring"},
+    {"attention_search", "conversion", "distill", "self_test"},
+    {"evaluation", "export", "hub", "inputs", "report", "report_figures", "runs", "scoring"},
     {"generation", "pipeline", "positions", "recall"},
-    {"comparison", "ranking"},
+    {"comparison", "ranking", "report_page"},
     {"api"},
-    {"cli", "cli_options", "cli_output", "launcher"},
+    {"cli", "cli_options", "cli_output", "cli_reports", "doctor", "launcher"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
