@@ -46,8 +46,9 @@ from .cli_options import (
     source_settings,
     training_option,
 )
-from .cli_output import is_main_process, print_json, show_metrics, show_plan, show_positions
+from .cli_output import print_json, show_metrics, show_plan, show_positions
 from .errors import FlexdistillError
+from .progress import is_main_process
 
 app = typer.Typer(
     help="Converts pretrained Hugging Face transformers to Flexformer linear attention.",

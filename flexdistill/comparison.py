@@ -25,7 +25,7 @@ from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
 from .export import check_output, export
 from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
-from .pipeline import STAGES, plan_facts, run_facts, run_stages, write_json
+from .pipeline import INDECISIVE, STAGES, plan_facts, run_facts, run_stages, write_json
 from .recipe import KernelRecipe, Recipe
 from .report import has_matplotlib, plot_comparison
 from .tables import comparison_table, markdown_table
@@ -81,7 +81,7 @@ def compare(
         FlexdistillError: if anything about the input does not fit; then nothing on disk has changed.
     """
     output = Path(output).expanduser().resolve()
-    inputs = (recipe.model, recipe.data.source, recipe.evaluation.source)
+    inputs = (recipe.model, *(text.source for text in recipe.data.texts), recipe.evaluation.source)
     check_output(output, overwrite=overwrite or resume, resume=resume, inputs=inputs)
     entries = make_entries(recipe if budget is None else recipe.with_budget(budget), variants, windows)
     with disk_errors(output):
@@ -119,7 +119,7 @@ def _compare(
     comparison = {
         "model": source.name,
         "budget_tokens": budget,
-        "evaluated_on": recipe.evaluation.source or f"{recipe.data.source} (held out)",
+        "evaluated_on": recipe.evaluation.source or f"{recipe.data.name} (held out)",
     }
     results = dict(kept)
     for entry in entries:
@@ -250,7 +250,7 @@ def _folder(name: str) -> str:
 
 def _key(entry: Entry, inputs: dict[str, str], points: int, export_models: bool) -> str:
     """A hash of all that decides an entry's result."""
-    decisive = [entry.recipe.model_dump(exclude={"model", "checkpoint"}), inputs, points, export_models]
+    decisive = [entry.recipe.model_dump(exclude=INDECISIVE | {"model": True, "checkpoint": True}), inputs, points, export_models]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -86,10 +87,19 @@ def pack(
     """
     limit = None if max_sequences is None else max_sequences * sequence_length
     stream = array("q")
-    for piece in _token_pieces(documents, tokenizer):
+    for piece in token_pieces(documents, tokenizer):
         stream.extend(piece)
         if limit is not None and len(stream) >= limit:
             break
+    return cut(torch.tensor(stream, dtype=torch.int64), sequence_length, max_sequences)
+
+
+def cut(stream: torch.Tensor, sequence_length: int, max_sequences: int | None = None) -> torch.Tensor:
+    """A token stream (S,) as consecutive rows (N, T), a view; the remainder is left out.
+
+    Raises:
+        FlexdistillError: if the stream is shorter than one row.
+    """
     count = len(stream) // sequence_length
     if count == 0:
         raise FlexdistillError(
@@ -98,7 +108,7 @@ def pack(
         )
     if max_sequences is not None:
         count = min(count, max_sequences)
-    return torch.tensor(stream[: count * sequence_length], dtype=torch.int64).view(count, sequence_length)
+    return stream[: count * sequence_length].view(count, sequence_length)
 
 
 def split_held_out(sequences: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +146,31 @@ def train_order(num_sequences: int, steps: int, batch_size: int, seed: int) -> t
     shuffles = [torch.randperm(num_sequences, generator=generator) for _ in range(epochs)]
     order = torch.cat([torch.empty(0, dtype=torch.int64), *shuffles])
     return order[: steps * batch_size].view(steps, batch_size)
+
+
+def text_identity(section: DataRecipe | EvaluationRecipe) -> list:
+    """What names the documents of a section by their content, ready for JSON; the files of local text are read for it.
+
+    Raises:
+        FlexdistillError: as `read_documents` does.
+    """
+    files = _local_files(section.source)
+    if files is not None:
+        return [[_kind(file), file.suffix if _is_compressed(file) else "", _sha256(file)] for file in files]
+    with _dataset_errors(section):
+        from datasets import load_dataset_builder
+
+        builder = load_dataset_builder(section.source, section.config)
+    # `datasets` names its own cache by configuration, data files, version and revision
+    return ["dataset", section.source, section.split, *Path(builder.cache_dir).parts[-3:]]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with _explained(file), file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _local_files(source: str) -> list[Path] | None:
@@ -228,12 +263,18 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 def _read_dataset(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
     column = section.column or "text"
-    try:
+    with _dataset_errors(section):
         from datasets import load_dataset
 
         rows = load_dataset(section.source, section.config, split=section.split or "train", streaming=True)
         for row in rows:
             yield _text_of(row, column, f"Dataset {section.source!r}")
+
+
+@contextmanager
+def _dataset_errors(section: DataRecipe | EvaluationRecipe) -> Iterator[None]:
+    try:
+        yield
     except FlexdistillError:
         raise
     except Exception as error:  # `datasets` lets errors of any network and file library through
@@ -285,8 +326,14 @@ def _reason(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
 
 
-def _token_pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands between two documents; None if the tokenizer has none that could."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+
+
+def token_pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The token stream that `pack` cuts into rows, piece by piece."""
+    separator = separator_of(tokenizer)
     for index, document in enumerate(documents):
         if index > 0 and separator is None:
             raise FlexdistillError(

@@ -140,8 +140,8 @@ def _front_matter(model: PreTrainedModel, source: ModelSource, recipe: Recipe, m
     # the licence of the base model binds its conversion too, and only its owner can state it
     licence = (base.license, base.license_name) if base.license else ("other", "same-as-base-model")
     task = "text-generation" if model.can_generate() else "fill-mask"
-    text = recipe.evaluation if recipe.evaluation.source else recipe.data
-    sources = [section.source for section in (recipe.data, recipe.evaluation) if section.source]
+    text = recipe.evaluation if recipe.evaluation.source else recipe.data.texts[0]
+    sources = [text.source for text in (*recipe.data.texts, recipe.evaluation) if text.source]
     student = metrics["student"]
     figures = {
         "perplexity": ("Perplexity", student["perplexity"]),
@@ -181,7 +181,7 @@ def _title(source: ModelSource) -> str:
 
 
 def _evaluated_on(recipe: Recipe) -> str:
-    return recipe.evaluation.source or f"{recipe.data.source} (held out)"
+    return recipe.evaluation.source or f"{recipe.data.name} (held out)"
 
 
 def _kept_softmax(kl_gains: dict[str, float]) -> list[str]:

@@ -9,11 +9,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import Plan, check_sequence_length
-from .data import pack, read_documents, split_held_out
+from .data import cut, pack, read_documents, split_held_out
 from .distill.heads import SplitModel
 from .errors import FlexdistillError
-from .recipe import Recipe
+from .mixture import TokenRows, turns_of
+from .recipe import DataRecipe, Recipe
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
+from .token_cache import cache_folder, read_tokens
 
 # enough to tell layers apart: the same tokens are compared with each of them
 SELECTION_SEQUENCES = 8
@@ -21,9 +23,9 @@ SELECTION_SEQUENCES = 8
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token ids of a run, int64."""
+    """Token ids of a run."""
 
-    training: torch.Tensor  # (N, T)
+    training: TokenRows  # (N, T)
     evaluation: torch.Tensor  # (M, T')
     selection: torch.Tensor  # (S, T): training text that is held out to choose layers on
 
@@ -80,17 +82,31 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequenc
     needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
     evaluated = evaluation.sequences if evaluation.source is None else 0
     held_out = evaluated + (SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0)
-    rows = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + held_out)
-    training, rows = split_held_out(rows, held_out)
+    training, rows = _read_mixture(data, tokenizer, max(needed, 1), held_out)
     selection = rows[evaluated:]
     if evaluation.source is not None:
         return Sequences(training, pack(read_documents(evaluation), tokenizer, length, evaluation.sequences), selection)
     return Sequences(training, rows[:evaluated], selection)
 
 
+def _read_mixture(data: DataRecipe, tokenizer, needed: int, held_out: int) -> tuple[TokenRows, torch.Tensor]:
+    """Rows to train on and held-out rows (held_out, T): the first of each text, however much a run trains on."""
+    weights, folder = tuple(text.weight for text in data.texts), cache_folder(data.cache)
+    kept, held = [], []
+    turns = zip(data.texts, turns_of(weights, needed), turns_of(weights, held_out), strict=True)
+    for text, its_rows, its_held_out in turns:
+        count = max(its_rows, 1) + its_held_out
+        stream = read_tokens(text, tokenizer, count * data.sequence_length, folder)
+        training, first = split_held_out(cut(stream, data.sequence_length, count), its_held_out)
+        kept.append(training)
+        held.append(first)
+    return TokenRows(tuple(kept), weights), TokenRows(tuple(held), weights).in_turn()
+
+
 def input_hashes(model: PreTrainedModel, sequences: Sequences) -> dict[str, str]:
     """SHA-256 of all that a run reads, by what it is."""
-    data = {"training": sequences.training, "selection": sequences.selection}
+    data = {f"training {index}": text for index, text in enumerate(sequences.training.texts)}
+    data |= {"selection": sequences.selection}
     inputs = {"model": model.state_dict(), "data": data, "evaluation data": {"": sequences.evaluation}}
     return {name: _sha256(tensors) for name, tensors in inputs.items()}
 

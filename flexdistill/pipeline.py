@@ -19,7 +19,6 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_softmax
-from .data import train_order
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.checkpoints import Checkpoint, Checkpoints
@@ -32,6 +31,7 @@ from .errors import FlexdistillError, disk_errors
 from .evaluation import compare_models
 from .export import check_output, export, working_folder
 from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
+from .mixture import TokenRows
 from .progress import stage_progress
 from .recipe import Recipe, StageRecipe
 from .sources import load_model
@@ -39,6 +39,8 @@ from .sources import load_model
 STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
 # sequences that kernels take their constants from
 MEASURED_SEQUENCES = 8
+# settings that results do not depend on
+INDECISIVE = {"data": {"cache"}}
 
 
 def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resume: bool = False) -> dict:
@@ -54,7 +56,7 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
         NonFiniteLossError: if training diverges.
     """
     output = Path(output).expanduser().resolve()
-    inputs = (recipe.model, recipe.data.source, recipe.evaluation.source)
+    inputs = (recipe.model, *(text.source for text in recipe.data.texts), recipe.evaluation.source)
     check_output(output, overwrite=overwrite, resume=resume, inputs=inputs)
     with disk_errors(output):
         return _convert(recipe, output, resume)
@@ -120,7 +122,7 @@ def run_stages(
     recipes: dict[str, StageRecipe] = {name: getattr(recipe, name) for name in STAGES}
     recipes = {name: stage for name, stage in recipes.items() if stage.steps}
     training = sequences.training
-    order = _orders(recipes, len(training), recipe.seed)
+    order = _orders(recipes, training, recipe.seed)
     measure_kernels(student, training[:MEASURED_SEQUENCES].to(accelerator.device), accelerator)
     if "attention_transfer" in recipes and not kernel_parameters(student):
         del recipes["attention_transfer"]
@@ -226,7 +228,7 @@ def _read_json(file: Path) -> dict:
 
 
 def _check_same_recipe(before: Recipe, now: Recipe) -> None:
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    old, new = (_flat(recipe.model_dump(exclude=INDECISIVE)) for recipe in (before, now))
     differing = [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in new if old.get(key) != new.get(key)]
     if differing:
         raise FlexdistillError(
@@ -242,10 +244,10 @@ def _flat(settings: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _orders(stages: dict[str, StageRecipe], num_sequences: int, seed: int) -> dict[str, torch.Tensor]:
+def _orders(stages: dict[str, StageRecipe], training: TokenRows, seed: int) -> dict[str, torch.Tensor]:
     """Which rows each stage's steps train on: one order cut in two, so stages share an epoch before any row repeats."""
     sizes = [stage.steps * stage.batch_size for stage in stages.values()]
-    parts = train_order(num_sequences, 1, sum(sizes), seed)[0].split(sizes) if stages else ()
+    parts = training.order(sum(sizes), seed).split(sizes) if stages else ()
     return {name: part.view(-1, stages[name].batch_size) for name, part in zip(stages, parts, strict=True)}
 
 

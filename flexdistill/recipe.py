@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -47,17 +47,50 @@ class KernelRecipe(_Section):
     )
 
 
-class DataRecipe(_Section):
-    """Text to train on, cut into sequences of equal length in an order fixed by the seed."""
+class TextRecipe(_Section):
+    """Where text comes from."""
 
     source: str = Field(
-        "Salesforce/wikitext",
-        description="file or folder of text, jsonl or parquet (also .xz .gz .zst), a `datasets` name, or `sample`",
+        description="file or folder of text, jsonl or parquet (also .xz .gz .zst), a `datasets` name, or `sample`"
     )
     config: str | None = Field(None, description="configuration of a `datasets` name")
     split: str | None = Field(None, description="split of a `datasets` name; None: train")
     column: str | None = Field(None, description="column that holds the text; None: text")
+
+
+class WeightedTextRecipe(TextRecipe):
+    """One text of a mixture."""
+
+    weight: float = Field(1.0, gt=0, description="its share of the sequences, over the sum of all weights")
+
+
+class DataRecipe(TextRecipe):
+    """Text to train on, cut into sequences of equal length in an order fixed by the seed."""
+
+    source: str = "Salesforce/wikitext"
+    sources: list[WeightedTextRecipe] | None = Field(
+        None, min_length=1, description="texts to mix, in the place of source"
+    )
     sequence_length: int = Field(512, ge=2, description="tokens per sequence")
+    cache: bool | str = Field(
+        True, description="folder of the token cache; true: flexdistill/tokens under HF_HOME; false: no cache"
+    )
+
+    @property
+    def texts(self) -> list[WeightedTextRecipe]:
+        """The texts that are mixed: one, unless `sources` names several."""
+        return self.sources or [WeightedTextRecipe(**{name: getattr(self, name) for name in TextRecipe.model_fields})]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(text.source for text in self.texts)
+
+    @model_validator(mode="after")
+    def _used_settings_only(self):
+        given = next((name for name in TextRecipe.model_fields if name in self.model_fields_set), None)
+        if self.sources is not None and given is not None:
+            raise ValueError(f"{given} is set but sources would replace it; give it inside sources or remove one of them")
+        return self
 
 
 class EvaluationRecipe(_Section):
@@ -246,7 +279,8 @@ def shipped_recipes() -> list[str]:
 
 # setting -> the settings of its section that are about it, and whether they mean nothing once it has a new value
 _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
-    "data.source": (("config", "split", "column"), lambda source: True),
+    "data.source": (("config", "split", "column", "sources"), lambda source: True),
+    "data.sources": (tuple(TextRecipe.model_fields), lambda sources: sources is not None),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
     "kernel.variant": (("component", "matrix", "horizon", "tied"), lambda variant: True),
     "logit_distillation.train": (("learning_rate",), lambda train: train == "kernels"),
@@ -264,6 +298,9 @@ def _forget_ignored(nested: dict[str, Any], key: str, settings: dict[str, Any]) 
 def _without_ignored(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["logit_distillation"]["train"] == "kernels":
         del settings["logit_distillation"]["learning_rate"]
+    if settings["data"]["sources"] is not None:
+        for name in TextRecipe.model_fields:
+            del settings["data"][name]
     return settings
 
 
@@ -274,9 +311,15 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{'.'.join(location) or 'recipe'}: {message}."
     section: Any = Recipe
     for name in location[:-1]:
-        section = section.model_fields[name].annotation
-        section = LoraRecipe if name == "lora" else section
+        section = section if name.isdigit() else _section_of(section.model_fields[name].annotation)
     known = list(section.model_fields)
     close = difflib.get_close_matches(location[-1], known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."
     return f"unknown key {'.'.join(location)!r}; {hint}"
+
+
+def _section_of(annotation: Any) -> type[_Section] | None:
+    """The section that a field holds, also where it may be None or is one of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, _Section):
+        return annotation
+    return next(filter(None, map(_section_of, get_args(annotation))), None)
