@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,6 +53,21 @@ class AttentionCall:
     def visible(self) -> torch.Tensor | None:
         """bool (B, T), False at padding; None if all keys are visible."""
         return visible_keys(self.mask, self.key.shape[-2])
+
+    def documents(self) -> list[list[AttentionCall]]:
+        """This call itself as [[self]]; where rows hold sequences end to end, a plain call per row and sequence."""
+        packed = isinstance(self.mask, LazyMask) and not self.mask.is_plain
+        boundaries = self.mask.boundaries() if packed else None
+        if boundaries is None:
+            return [[self]]
+        parts = (self.query, self.key, self.value)
+        return [
+            [
+                AttentionCall(self.module, *(x[row : row + 1, :, start:end] for x in parts), None, self.arguments)
+                for start, end in pairwise(ends)
+            ]
+            for row, ends in enumerate(boundaries)
+        ]
 
     def softmax(self) -> torch.Tensor:
         """The model's own attention output, (B, T, H, D)."""

@@ -250,7 +250,12 @@ def _folder(name: str) -> str:
 
 def _key(entry: Entry, inputs: dict[str, str], points: int, export_models: bool) -> str:
     """A hash of all that decides an entry's result."""
-    decisive = [entry.recipe.model_dump(exclude=INDECISIVE | {"model": True, "checkpoint": True}), inputs, points, export_models]
+    decisive = [
+        entry.recipe.model_dump(exclude=INDECISIVE | {"model": True, "checkpoint": True}),
+        inputs,
+        points,
+        export_models,
+    ]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

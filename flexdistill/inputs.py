@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import Plan, check_sequence_length
-from .data import cut, pack, read_documents, split_held_out
+from .data import cut, pack, read_documents, separator_of, split_held_out
+from .distill.documents import DocumentMasks
 from .distill.heads import SplitModel
 from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
@@ -28,6 +29,7 @@ class Sequences:
     training: TokenRows  # (N, T)
     evaluation: torch.Tensor  # (M, T')
     selection: torch.Tensor  # (S, T): training text that is held out to choose layers on
+    separator: int | None = None  # the token that ends a document
 
 
 def load_source(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase, PreTrainedModel]:
@@ -79,14 +81,17 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequenc
             "evaluation.sequence_length differs from data.sequence_length, but held-out sequences are cut like the "
             "training data; set evaluation.source, or remove evaluation.sequence_length."
         )
+    separator = separator_of(tokenizer)
+    if data.document_masks:
+        DocumentMasks(model, separator).remove()  # a model that cannot is told before it is trained
     needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
     evaluated = evaluation.sequences if evaluation.source is None else 0
     held_out = evaluated + (SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0)
     training, rows = _read_mixture(data, tokenizer, max(needed, 1), held_out)
-    selection = rows[evaluated:]
+    evaluation_rows, selection = rows[:evaluated], rows[evaluated:]
     if evaluation.source is not None:
-        return Sequences(training, pack(read_documents(evaluation), tokenizer, length, evaluation.sequences), selection)
-    return Sequences(training, rows[:evaluated], selection)
+        evaluation_rows = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
+    return Sequences(training, evaluation_rows, selection, separator)
 
 
 def _read_mixture(data: DataRecipe, tokenizer, needed: int, held_out: int) -> tuple[TokenRows, torch.Tensor]:

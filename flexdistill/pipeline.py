@@ -5,6 +5,7 @@ recipe -> teacher -> plan -> converted student -> attention transfer -> logit di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -22,6 +23,7 @@ from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_sof
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.checkpoints import Checkpoint, Checkpoints
+from .distill.documents import DocumentMasks
 from .distill.layer_selection import choose_layers
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
@@ -123,6 +125,7 @@ def run_stages(
     recipes = {name: stage for name, stage in recipes.items() if stage.steps}
     training = sequences.training
     order = _orders(recipes, training, recipe.seed)
+    masks = DocumentMasks(student, sequences.separator) if recipe.data.document_masks else None
     measure_kernels(student, training[:MEASURED_SEQUENCES].to(accelerator.device), accelerator)
     if "attention_transfer" in recipes and not kernel_parameters(student):
         del recipes["attention_transfer"]
@@ -161,26 +164,29 @@ def run_stages(
         tokens_before = sum(summary["tokens"] for summary in summaries)
         with stage_progress(name, recipes[name].steps, start_step, enabled=accelerator.is_main_process) as update:
             for start, stop in _spans(start_step, recipes[name].steps, pause_every):
-                result = run_stage(
-                    stage,
-                    recipes[name],
-                    training,
-                    order[name],
-                    accelerator,
-                    start_step=start,
-                    stop_step=stop,
-                    checkpoints=checkpoints,
-                    checkpoint_number=number,
-                    checkpoint_every=recipe.checkpoint.every_steps,
-                    log_file=work / f"{name}.jsonl",
-                    update=update,
-                )
+                with masks.active() if masks else contextlib.nullcontext():
+                    result = run_stage(
+                        stage,
+                        recipes[name],
+                        training,
+                        order[name],
+                        accelerator,
+                        start_step=start,
+                        stop_step=stop,
+                        checkpoints=checkpoints,
+                        checkpoint_number=number,
+                        checkpoint_every=recipe.checkpoint.every_steps,
+                        log_file=work / f"{name}.jsonl",
+                        update=update,
+                    )
                 if pause_every:
                     at_pause(tokens_before + stop * recipes[name].batch_size * training.shape[1])
         stage.finish()
         summaries.append(result)
         if accelerator.is_main_process:
             write_json(summary, result)
+    if masks:
+        masks.remove()
     return summaries
 
 

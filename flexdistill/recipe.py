@@ -72,6 +72,9 @@ class DataRecipe(TextRecipe):
         None, min_length=1, description="texts to mix, in the place of source"
     )
     sequence_length: int = Field(512, ge=2, description="tokens per sequence")
+    document_masks: bool = Field(
+        False, description="while training, attention and positions begin anew after each end-of-text token"
+    )
     cache: bool | str = Field(
         True, description="folder of the token cache; true: flexdistill/tokens under HF_HOME; false: no cache"
     )
@@ -89,7 +92,7 @@ class DataRecipe(TextRecipe):
     def _used_settings_only(self):
         given = next((name for name in TextRecipe.model_fields if name in self.model_fields_set), None)
         if self.sources is not None and given is not None:
-            raise ValueError(f"{given} is set but sources would replace it; give it inside sources or remove one of them")
+            raise ValueError(f"{given} is set but sources would replace it; give it inside sources or remove one")
         return self
 
 

@@ -73,13 +73,19 @@ class AttentionTransfer:
     def _attend(self, call: AttentionCall) -> torch.Tensor:
         if call.feature_map is None:
             return call.softmax()
-        with torch.autocast(call.query.device.type, enabled=False), torch.enable_grad():
-            rows = attention_rows(call)
-            loss = self._layer_loss(rows, call.visible())
-            loss.total.backward()
-        detached = {name: part.detach() for name, part in loss.parts.items()}
-        self._losses.append((self._layers[call.module], StepLosses(loss.total.detach(), loss.count, detached)))
-        return rows.teacher.detach().to(call.query.dtype).transpose(1, 2).contiguous()
+        losses, outputs = [], []
+        for sequence in call.documents():
+            teacher = []
+            for document in sequence:
+                with torch.autocast(call.query.device.type, enabled=False), torch.enable_grad():
+                    rows = attention_rows(document)
+                    loss = self._layer_loss(rows, document.visible())
+                    loss.total.backward()
+                losses.append(loss.detach())
+                teacher.append(rows.teacher.detach().to(call.query.dtype))
+            outputs.append(torch.cat(teacher, dim=2))
+        self._losses.append((self._layers[call.module], sum(losses[1:], losses[0])))
+        return torch.cat(outputs).transpose(1, 2).contiguous()
 
     def _layer_loss(self, rows: AttentionRows, visible: torch.Tensor | None) -> StepLosses:
         recipe = self.recipe

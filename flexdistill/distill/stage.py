@@ -26,6 +26,10 @@ class StepLosses:
         parts = {name: self.parts[name] + other.parts[name] for name in self.parts}
         return StepLosses(self.total + other.total, self.count + other.count, parts)
 
+    def detach(self) -> StepLosses:
+        parts = {name: part.detach() for name, part in self.parts.items()}
+        return StepLosses(self.total.detach(), self.count, parts)
+
 
 class Stage(Protocol):
     """A way to train a converted model: what it trains, and the gradients that a batch adds."""
