@@ -162,12 +162,17 @@ def in_converted_modules(ablation: Callable[[AttentionCall], torch.Tensor]) -> C
     return lambda call: call.softmax() if call.feature_map is None else ablation(call)
 
 
-def run_base_model(model: PreTrainedModel, sequences: torch.Tensor, cache: Cache | None = None) -> ModelOutput:
-    """The base model's output for token sequences (B, T), whole or what follows on those that `cache` has seen."""
+def run_base_model(
+    model: PreTrainedModel, sequences: torch.Tensor, cache: Cache | None = None, **settings: Any
+) -> ModelOutput:
+    """The base model's output for token sequences (B, T), whole or what follows on those that `cache` has seen.
+
+    Further settings such as `output_hidden_states` are passed on.
+    """
     arguments = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     if cache is not None:
         arguments = {"use_cache": True, "past_key_values": cache}
-    return model.base_model(input_ids=sequences, **arguments)
+    return model.base_model(input_ids=sequences, **arguments, **settings)
 
 
 def record_attention(

@@ -24,7 +24,7 @@ _KERNEL = (
     "keep_layers",
     "keep_softmax",
 )
-_STAGES = ("attention_transfer", "logit_distillation")
+_STAGES = ("attention_transfer", "logit_distillation", "label_training")
 RECIPE_SETTINGS = {
     **{name: [f"kernel.{name}"] for name in _KERNEL},
     **{name: [f"{stage}.{name}" for stage in _STAGES] for name in ("batch_size", "micro_batch_size")},
@@ -70,7 +70,7 @@ KeepSoftmax = Annotated[int | None, kernel_option(help="Of these, layers that st
 Data = Annotated[str | None, training_option(metavar="SOURCE", help=SOURCE_HELP)]
 SequenceLength = Annotated[int | None, training_option(help="Tokens per sequence.")]
 AttentionSteps = Annotated[int | None, training_option(help="Steps of attention transfer.")]
-BatchSize = Annotated[int | None, training_option(help="Sequences per step, in both stages.")]
+BatchSize = Annotated[int | None, training_option(help="Sequences per step, in all stages.")]
 MicroBatchSize = Annotated[int | None, training_option(help="Sequences per forward pass.")]
 Train = Annotated[str | None, training_option(metavar="full|lora|kernels", help="What is trained besides.")]
 EvalData = Annotated[str | None, training_option(metavar="SOURCE", help="As --data; else held out of it.")]

@@ -25,8 +25,8 @@ from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
 from .export import check_output, export
 from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
-from .pipeline import INDECISIVE, STAGES, plan_facts, run_facts, run_stages, write_json
-from .recipe import KernelRecipe, Recipe
+from .pipeline import INDECISIVE, plan_facts, run_facts, run_stages, write_json
+from .recipe import STAGES, KernelRecipe, Recipe
 from .report import has_matplotlib, plot_comparison
 from .tables import comparison_table, markdown_table
 
@@ -35,7 +35,7 @@ Variant = str | dict[str, Any]
 RESULTS, TABLE = "compare.json", "compare.md"
 # what all entries of a comparison share, whatever a variant says
 _SHARED = {
-    f"{stage}.{name}" for stage in ("attention_transfer", "logit_distillation") for name in ("steps", "batch_size")
+    f"{stage}.{name}" for stage in STAGES for name in ("steps", "batch_size", "sequence_length", "validation_every")
 }
 
 
@@ -102,7 +102,7 @@ def _compare(
     plans = {entry.name: make_plan(teacher, entry.recipe.kernel) for entry in entries}
     for entry in entries:
         check_lengths(entry.recipe)
-        check_trainable(entry.recipe, plans[entry.name])
+        check_trainable(entry.recipe, plans[entry.name], teacher)
     # one that chooses layers holds out text for it, and then all do
     choosing = max((entry.recipe for entry in entries), key=lambda recipe: recipe.kernel.keep_softmax)
     sequences = load_sequences(choosing, teacher, tokenizer)
@@ -169,7 +169,7 @@ def _run(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    steps = recipe.attention_transfer.steps + recipe.logit_distillation.steps
+    steps = sum(stage.steps for stage in recipe.stages.values())
     pauses = {"pause_every": -(-steps // points), "at_pause": evaluate} if points else {}
     result = {"model": recipe.model, "kernel": recipe.kernel.model_dump()}
     # a comparison goes on by entries, so the stages write no checkpoints

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .conversion import Plan, check_sequence_length
 from .data import cut, pack, read_documents, separator_of, split_held_out
 from .distill.documents import DocumentMasks
+from .distill.embeddings import has_tied_embeddings
 from .distill.heads import SplitModel
+from .distill.labels import LabelTraining
 from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
-from .recipe import DataRecipe, Recipe
+from .recipe import STAGES, Recipe
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
 from .token_cache import cache_folder, read_tokens
 
@@ -29,7 +31,9 @@ class Sequences:
     training: TokenRows  # (N, T)
     evaluation: torch.Tensor  # (M, T')
     selection: torch.Tensor  # (S, T): training text that is held out to choose layers on
-    separator: int | None = None  # the token that ends a document
+    validation: torch.Tensor  # (V, T): held out where a stage validates
+    labels: TokenRows | None  # (L, T''): for label training, cut from what follows the other stages' rows
+    separator: int | None  # the token that ends a document
 
 
 def load_source(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase, PreTrainedModel]:
@@ -52,7 +56,7 @@ def check_lengths(recipe: Recipe) -> None:
             f"A window of {kernel.window} tokens covers sequences of {length}, so the kernel would never be used; set "
             "a smaller --window or a larger --sequence-length."
         )
-    longest = max(length, recipe.evaluation.sequence_length or 0)
+    longest = max(recipe.evaluation.sequence_length or 0, *map(recipe.sequence_length, STAGES))
     if kernel.horizon is not None and longest > kernel.horizon:
         raise FlexdistillError(
             f"Sequences of {longest} tokens are longer than the kernel's horizon of {kernel.horizon}; set a larger "
@@ -60,13 +64,34 @@ def check_lengths(recipe: Recipe) -> None:
         )
 
 
-def check_trainable(recipe: Recipe, plan: Plan) -> None:
-    """Raises FlexdistillError if the kernels alone are to be trained and have no parameters."""
-    logits = recipe.logit_distillation
+def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
+    """Raises FlexdistillError if a stage or setting has nothing to work on in this model.
+
+    That is: kernels alone where they have no parameters, labels where the next token is not predicted, tied embeddings
+    where there are none or they are not trained.
+    """
+    logits, labels = recipe.logit_distillation, recipe.label_training
     if not plan.parameters and logits.steps and logits.train == "kernels":
         raise FlexdistillError(
             f"Variant {recipe.kernel.variant!r} has no parameters, so train: kernels has nothing to train; set "
             "logit_distillation.train to full or lora, or its steps to 0."
+        )
+    if labels.steps and not all(module.causal for module in plan.converted):
+        raise FlexdistillError(
+            f"{type(model).__name__} does not predict the next token, so there are no labels to learn; "
+            "set label_training.steps to 0."
+        )
+    if recipe.tied_embeddings == "tied":
+        return
+    if not has_tied_embeddings(model):
+        raise FlexdistillError(
+            f"{type(model).__name__} has no output embeddings that are tied to its input embeddings; leave "
+            "tied_embeddings out."
+        )
+    if not labels.steps and not (logits.steps and logits.train == "full"):
+        raise FlexdistillError(
+            "No stage trains the embeddings, so untying them would change nothing; leave tied_embeddings out, or set "
+            "logit_distillation.train to full."
         )
 
 
@@ -74,7 +99,7 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequenc
     """Reads no more text than the run needs."""
     data, evaluation = recipe.data, recipe.evaluation
     length = evaluation.sequence_length or data.sequence_length
-    for checked in (data.sequence_length, length):
+    for checked in (length, *map(recipe.sequence_length, STAGES)):
         check_sequence_length(model, checked)
     if evaluation.source is None and length != data.sequence_length:
         raise FlexdistillError(
@@ -84,34 +109,55 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequenc
     separator = separator_of(tokenizer)
     if data.document_masks:
         DocumentMasks(model, separator).remove()  # a model that cannot is told before it is trained
-    needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
-    evaluated = evaluation.sequences if evaluation.source is None else 0
-    held_out = evaluated + (SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0)
-    training, rows = _read_mixture(data, tokenizer, max(needed, 1), held_out)
-    evaluation_rows, selection = rows[:evaluated], rows[evaluated:]
+    sizes = [
+        evaluation.sequences if evaluation.source is None else 0,
+        SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0,
+        data.validation_sequences if any(stage.validation_every for stage in recipe.stages.values()) else 0,
+    ]
+    training, rows, labels = _read_mixture(recipe, tokenizer, sum(sizes))
+    held_out, selection, validation = rows.split(sizes)
+    if recipe.label_training.validation_every and recipe.label_training.steps:
+        cut(validation.flatten(), recipe.sequence_length(LabelTraining.name))  # too few are told before training
     if evaluation.source is not None:
-        evaluation_rows = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
-    return Sequences(training, evaluation_rows, selection, separator)
+        held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
+    return Sequences(training, held_out, selection, validation, labels, separator)
 
 
-def _read_mixture(data: DataRecipe, tokenizer, needed: int, held_out: int) -> tuple[TokenRows, torch.Tensor]:
-    """Rows to train on and held-out rows (held_out, T): the first of each text, however much a run trains on."""
-    weights, folder = tuple(text.weight for text in data.texts), cache_folder(data.cache)
-    kept, held = [], []
-    turns = zip(data.texts, turns_of(weights, needed), turns_of(weights, held_out), strict=True)
-    for text, its_rows, its_held_out in turns:
-        count = max(its_rows, 1) + its_held_out
-        stream = read_tokens(text, tokenizer, count * data.sequence_length, folder)
-        training, first = split_held_out(cut(stream, data.sequence_length, count), its_held_out)
+def _read_mixture(recipe: Recipe, tokenizer, held_out: int) -> tuple[TokenRows, torch.Tensor, TokenRows | None]:
+    """Rows to train on; held-out rows (held_out, T), the first of each text; and rows for label training.
+
+    The latter follow the others in the text, or begin where training does if too little follows.
+    """
+    data, weights = recipe.data, tuple(text.weight for text in recipe.data.texts)
+    folder, length, label_length = (
+        cache_folder(data.cache),
+        data.sequence_length,
+        recipe.sequence_length(LabelTraining.name),
+    )
+    sizes = {name: stage.steps * stage.batch_size for name, stage in recipe.stages.items()}
+    label_rows = sizes.pop(LabelTraining.name, 0)
+    counts = (max(sum(sizes.values()), 1), held_out, label_rows)
+    kept, held, labels = [], [], []
+    for text, *turns in zip(data.texts, *(turns_of(weights, count) for count in counts), strict=True):
+        trained, held_back, label_count = turns
+        trained = max(trained, 1)
+        needed = (trained + held_back) * length + label_count * label_length
+        stream = read_tokens(text, tokenizer, needed, folder)
+        training, first = split_held_out(cut(stream, length, trained + held_back), held_back)
         kept.append(training)
         held.append(first)
-    return TokenRows(tuple(kept), weights), TokenRows(tuple(held), weights).in_turn()
+        if label_rows:
+            begin = (trained + held_back if len(stream) >= needed else held_back) * length
+            labels.append(cut(stream[begin:], label_length, max(label_count, 1)))
+    held_out_rows = TokenRows(tuple(held), weights).in_turn()
+    return TokenRows(tuple(kept), weights), held_out_rows, TokenRows(tuple(labels), weights) if label_rows else None
 
 
 def input_hashes(model: PreTrainedModel, sequences: Sequences) -> dict[str, str]:
     """SHA-256 of all that a run reads, by what it is."""
     data = {f"training {index}": text for index, text in enumerate(sequences.training.texts)}
-    data |= {"selection": sequences.selection}
+    data |= {"selection": sequences.selection, "validation": sequences.validation}
+    data |= {f"labels {index}": text for index, text in enumerate(sequences.labels.texts if sequences.labels else ())}
     inputs = {"model": model.state_dict(), "data": data, "evaluation data": {"": sequences.evaluation}}
     return {name: _sha256(tensors) for name, tensors in inputs.items()}
 

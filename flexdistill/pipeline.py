@@ -20,10 +20,14 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_softmax
+from .data import cut
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
+from .distill.averaging import use_final_weights
 from .distill.checkpoints import Checkpoint, Checkpoints
 from .distill.documents import DocumentMasks
+from .distill.embeddings import retie, untie
+from .distill.labels import LabelTraining
 from .distill.layer_selection import choose_layers
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
@@ -35,10 +39,10 @@ from .export import check_output, export, working_folder
 from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
 from .mixture import TokenRows
 from .progress import stage_progress
-from .recipe import Recipe, StageRecipe
+from .recipe import STAGES, Recipe, StageRecipe
 from .sources import load_model
 
-STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
+STAGE_CLASSES = dict(zip(STAGES, (AttentionTransfer, LogitDistillation, LabelTraining), strict=True))
 # sequences that kernels take their constants from
 MEASURED_SEQUENCES = 8
 # settings that results do not depend on
@@ -72,7 +76,7 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
 
     source, tokenizer, model = load_source(recipe)
     plan = make_plan(model, recipe.kernel)
-    check_trainable(recipe, plan)
+    check_trainable(recipe, plan, model)
     check_lengths(recipe)
     sequences = load_sequences(recipe, model, tokenizer)
 
@@ -83,7 +87,8 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     stages = run_stages(recipe, student, sequences, accelerator, work, checkpoints, checkpoint)
 
     teacher = student
-    if recipe.logit_distillation.steps and recipe.logit_distillation.train != "kernels":
+    logits = recipe.logit_distillation
+    if (logits.steps and logits.train != "kernels") or recipe.label_training.steps:
         teacher = load_model(source, trust_remote_code=recipe.trust_remote_code).to(accelerator.device)
     metrics = {"model": source.name, "kernel": recipe.kernel.model_dump()} | plan_facts(plan, student)
     metrics |= compare_models(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
@@ -121,10 +126,9 @@ def run_stages(
     Returns:
         the stages' summaries.
     """
-    recipes: dict[str, StageRecipe] = {name: getattr(recipe, name) for name in STAGES}
-    recipes = {name: stage for name, stage in recipes.items() if stage.steps}
-    training = sequences.training
-    order = _orders(recipes, training, recipe.seed)
+    recipes, training = recipe.stages, sequences.training
+    order = _orders(recipes, sequences, recipe.seed)
+    tied = untie(student) if recipe.tied_embeddings != "tied" else {}
     masks = DocumentMasks(student, sequences.separator) if recipe.data.document_masks else None
     measure_kernels(student, training[:MEASURED_SEQUENCES].to(accelerator.device), accelerator)
     if "attention_transfer" in recipes and not kernel_parameters(student):
@@ -139,9 +143,9 @@ def run_stages(
     if pause_every:
         at_pause(0)
     for number, name in enumerate(STAGES):
-        if STAGES[name] is LogitDistillation and recipe.kernel.keep_softmax:
+        if STAGE_CLASSES[name] is LogitDistillation and recipe.kernel.keep_softmax:
             chosen = work / "kept_softmax.json"
-            if number == reached:
+            if number <= reached:
                 kl_gains = _read_json(chosen)
             else:
                 kl_gains = choose_layers(
@@ -156,7 +160,8 @@ def run_stages(
         if number < reached:
             summaries.append(_read_json(summary))
             continue
-        stage = STAGES[name](student, recipes[name], accelerator)
+        stage = STAGE_CLASSES[name](student, recipes[name], accelerator)
+        rows, validation = _rows_of(name, recipe, sequences)
         start_step = 0
         if number == reached:
             checkpoint.load(stage)
@@ -168,9 +173,10 @@ def run_stages(
                     result = run_stage(
                         stage,
                         recipes[name],
-                        training,
+                        rows,
                         order[name],
                         accelerator,
+                        validation=validation,
                         start_step=start,
                         stop_step=stop,
                         checkpoints=checkpoints,
@@ -180,14 +186,26 @@ def run_stages(
                         update=update,
                     )
                 if pause_every:
-                    at_pause(tokens_before + stop * recipes[name].batch_size * training.shape[1])
+                    at_pause(tokens_before + stop * recipes[name].batch_size * rows.shape[1])
+        use_final_weights(stage.optimizer)
         stage.finish()
         summaries.append(result)
         if accelerator.is_main_process:
             write_json(summary, result)
     if masks:
         masks.remove()
+    if recipe.tied_embeddings == "retied":
+        retie(student, tied)
     return summaries
+
+
+def _rows_of(stage: str, recipe: Recipe, sequences: Sequences) -> tuple[TokenRows, torch.Tensor]:
+    """What a stage trains and validates on, in sequences of its length."""
+    if stage != LabelTraining.name:
+        return sequences.training, sequences.validation
+    validates = recipe.label_training.validation_every
+    length = recipe.sequence_length(stage)
+    return sequences.labels, cut(sequences.validation.flatten(), length) if validates else sequences.validation
 
 
 def _prepare_work(
@@ -250,11 +268,18 @@ def _flat(settings: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _orders(stages: dict[str, StageRecipe], training: TokenRows, seed: int) -> dict[str, torch.Tensor]:
-    """Which rows each stage's steps train on: one order cut in two, so stages share an epoch before any row repeats."""
-    sizes = [stage.steps * stage.batch_size for stage in stages.values()]
-    parts = training.order(sum(sizes), seed).split(sizes) if stages else ()
-    return {name: part.view(-1, stages[name].batch_size) for name, part in zip(stages, parts, strict=True)}
+def _orders(stages: dict[str, StageRecipe], sequences: Sequences, seed: int) -> dict[str, torch.Tensor]:
+    """Which rows each stage's steps train on, those of `_rows_of`.
+
+    Stages that share rows cut one order into parts, so that they share an epoch before any row repeats.
+    """
+    sizes = {name: stage.steps * stage.batch_size for name, stage in stages.items()}
+    labels = sizes.pop(LabelTraining.name, 0)
+    order = sequences.training.order(sum(sizes.values()), seed)
+    parts = dict(zip(sizes, order.split(list(sizes.values())) if sizes else (), strict=True))
+    if labels:
+        parts[LabelTraining.name] = sequences.labels.order(labels, seed)
+    return {name: part.view(-1, stages[name].batch_size) for name, part in parts.items()}
 
 
 def _spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -72,6 +72,7 @@ class DataRecipe(TextRecipe):
         None, min_length=1, description="texts to mix, in the place of source"
     )
     sequence_length: int = Field(512, ge=2, description="tokens per sequence")
+    validation_sequences: int = Field(16, ge=1, description="held out where a stage validates")
     document_masks: bool = Field(
         False, description="while training, attention and positions begin anew after each end-of-text token"
     )
@@ -116,25 +117,43 @@ class EvaluationRecipe(_Section):
 
 
 class StageRecipe(_Section):
-    """What both training stages have in common."""
+    """What all training stages have in common."""
 
     steps: int = Field(ge=0, description="optimiser steps; 0 skips the stage")
     batch_size: int = Field(8, ge=1, description="sequences per optimiser step, over all processes")
     micro_batch_size: int | None = Field(
         None, ge=1, description="sequences per forward pass and process; None: as many as the batch gives"
     )
+    optimizer: Literal["adam", "adamw"]
     learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="what follows the warm-up")
     warmup_steps: int = Field(ge=0)
     final_learning_rate_ratio: float = Field(
-        0.05, ge=0, le=1, description="where the cosine ends, as a share of learning_rate"
+        0.05, ge=0, le=1, description="where cosine and linear schedules end, as a share of learning_rate"
     )
     clip_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="the stage ends with an exponential average of its weights; None: with the last"
+    )
+    validation_every: int = Field(0, ge=0, description="steps between losses on held-out sequences; 0: never")
+    patience: int | None = Field(
+        None, ge=1, description="validations without a new best after which the stage ends, with its best weights"
+    )
+
+    @model_validator(mode="after")
+    def _used_stage_settings_only(self):
+        if self.schedule == "constant" and "final_learning_rate_ratio" in self.model_fields_set:
+            raise ValueError("final_learning_rate_ratio is ignored with schedule: constant; remove it")
+        if self.patience is not None and not self.validation_every:
+            raise ValueError("patience is ignored without validation; set validation_every or remove patience")
+        return self
 
 
 class AttentionTransferRecipe(StageRecipe):
     """Stage 1: each kernel learns the softmax attention of its own layer; the model is frozen."""
 
     steps: int = Field(260, ge=0)
+    optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = Field(5e-3, gt=0)
     warmup_steps: int = Field(30, ge=0)
     cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy between attention rows")
@@ -152,17 +171,36 @@ class LoraRecipe(_Section):
     target_modules: str | list[str] = "all-linear"
 
 
-class LogitDistillationRecipe(StageRecipe):
+class ModelStageRecipe(StageRecipe):
+    """What the stages that train more than kernels have in common."""
+
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0, description="for the model's weights or adapters")
+    norm_learning_rate: float | None = Field(None, gt=0, description="for the weights of norms; None: learning_rate")
+    kernel_learning_rate: float = Field(1e-3, gt=0, description="for the kernels")
+    weight_decay: float = Field(
+        0.0, ge=0, description="of the weights, not of kernels and norms; only with optimizer: adamw"
+    )
+    warmup_steps: int = Field(20, ge=0)
+
+    @model_validator(mode="after")
+    def _used_optimizer_settings_only(self):
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError("weight_decay is ignored with optimizer: adam; set optimizer: adamw or remove it")
+        return self
+
+
+class LogitDistillationRecipe(ModelStageRecipe):
     """Stage 2: the converted model learns the teacher's distribution over the next token."""
 
     steps: int = Field(150, ge=0)
-    learning_rate: float = Field(1e-4, gt=0, description="for the model's weights or adapters")
-    kernel_learning_rate: float = Field(1e-3, gt=0, description="for the kernels")
-    warmup_steps: int = Field(20, ge=0)
     train: Literal["full", "lora", "kernels"] = Field("full", description="what is trained beside the kernels")
     temperature: float = Field(1.0, gt=0)
     label_weight: float = Field(
         0.0, ge=0, le=1, description="share of the label loss; the rest is the KL to the teacher"
+    )
+    hidden_state_weight: float = Field(
+        0.0, ge=0, description="weight of the relative error of each layer's hidden states, added to the loss"
     )
     lora: LoraRecipe | None = Field(None, description="only with train: lora")
 
@@ -172,9 +210,25 @@ class LogitDistillationRecipe(StageRecipe):
             raise ValueError(
                 f"lora is set but train is {self.train!r}, which would ignore it; set train: lora or remove lora"
             )
-        if self.train == "kernels" and "learning_rate" in self.model_fields_set:
-            raise ValueError("learning_rate is ignored with train: kernels; set kernel_learning_rate instead")
+        for name in _IGNORED_BY_TRAIN[self.train]:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} is ignored with train: {self.train}; set kernel_learning_rate or remove it")
         return self
+
+
+# what means nothing where only adapters or kernels are trained
+_IGNORED_BY_TRAIN = {
+    "full": (),
+    "lora": ("norm_learning_rate",),
+    "kernels": ("learning_rate", "norm_learning_rate", "weight_decay"),
+}
+
+
+class LabelTrainingRecipe(ModelStageRecipe):
+    """Stage 3, or training from scratch: all weights learn the next token of the text itself, without a teacher."""
+
+    steps: int = Field(0, ge=0)
+    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
 
 
 class CheckpointRecipe(_Section):
@@ -182,6 +236,10 @@ class CheckpointRecipe(_Section):
 
     every_steps: int = Field(100, ge=1)
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+# in the order in which they run
+STAGES = ("attention_transfer", "logit_distillation", "label_training")
 
 
 class Recipe(_Section):
@@ -195,10 +253,14 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, lt=2**32)
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
     trust_remote_code: bool = Field(False, description="run code that the source model ships")
+    tied_embeddings: Literal["tied", "untied", "retied"] = Field(
+        "tied", description="untied: tied embeddings are trained and stay apart; retied: their mean is tied in the end"
+    )
     kernel: KernelRecipe = KernelRecipe()
     data: DataRecipe = DataRecipe()
     attention_transfer: AttentionTransferRecipe = AttentionTransferRecipe()
     logit_distillation: LogitDistillationRecipe = LogitDistillationRecipe()
+    label_training: LabelTrainingRecipe = LabelTrainingRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
 
@@ -240,16 +302,25 @@ class Recipe(_Section):
             _forget_ignored(nested, key, settings)
         return self._checked(nested, "The settings")
 
+    @property
+    def stages(self) -> dict[str, StageRecipe]:
+        """The stages that have steps, by name and in order."""
+        stages = {name: getattr(self, name) for name in STAGES}
+        return {name: stage for name, stage in stages.items() if stage.steps}
+
+    def sequence_length(self, stage: str) -> int:
+        """Tokens per sequence of a stage."""
+        return getattr(getattr(self, stage), "sequence_length", None) or self.data.sequence_length
+
     def with_budget(self, tokens: int) -> Recipe:
         """A copy that trains on at most `tokens` tokens, shared out to the stages as this recipe's steps share them.
 
         Steps and warm-up scale alike; batches and sequences stay as long as they are.
         """
-        stages = {"attention_transfer": self.attention_transfer, "logit_distillation": self.logit_distillation}
-        stages = {name: stage for name, stage in stages.items() if stage.steps}
+        stages = self.stages
         if not stages:
             raise FlexdistillError("The recipe has no training steps, so a budget cannot be shared out; leave it out.")
-        planned = sum(stage.steps * stage.batch_size for stage in stages.values()) * self.data.sequence_length
+        planned = sum(s.steps * s.batch_size * self.sequence_length(name) for name, s in stages.items())
         least = -(-planned // min(stage.steps for stage in stages.values()))
         if tokens < least:
             raise FlexdistillError(
@@ -286,7 +357,11 @@ _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "data.sources": (tuple(TextRecipe.model_fields), lambda sources: sources is not None),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
     "kernel.variant": (("component", "matrix", "horizon", "tied"), lambda variant: True),
-    "logit_distillation.train": (("learning_rate",), lambda train: train == "kernels"),
+    "logit_distillation.train": (_IGNORED_BY_TRAIN["kernels"], lambda train: train == "kernels"),
+    **{
+        f"{stage}.schedule": (("final_learning_rate_ratio",), lambda schedule: schedule == "constant")
+        for stage in STAGES
+    },
 }
 
 
@@ -299,11 +374,14 @@ def _forget_ignored(nested: dict[str, Any], key: str, settings: dict[str, Any]) 
 
 
 def _without_ignored(settings: dict[str, Any]) -> dict[str, Any]:
-    if settings["logit_distillation"]["train"] == "kernels":
-        del settings["logit_distillation"]["learning_rate"]
-    if settings["data"]["sources"] is not None:
-        for name in TextRecipe.model_fields:
-            del settings["data"][name]
+    ignored = {"logit_distillation": [*_IGNORED_BY_TRAIN[settings["logit_distillation"]["train"]]]}
+    ignored["data"] = [] if settings["data"]["sources"] is None else [*TextRecipe.model_fields]
+    for stage in STAGES:
+        if settings[stage]["schedule"] == "constant":
+            ignored.setdefault(stage, []).append("final_learning_rate_ratio")
+    for section, names in ignored.items():
+        for name in names:
+            del settings[section][name]
     return settings
 
 

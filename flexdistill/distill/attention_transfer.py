@@ -21,6 +21,7 @@ from ..losses import (
 )
 from ..recipe import AttentionTransferRecipe
 from ..runtime.attention import attention_weights
+from .optimizers import make_optimizer
 from .stage import StepLosses, feature_maps, kernel_parameters, trainable
 from .tiled_transfer import can_run, tiled_rows
 
@@ -42,7 +43,8 @@ class AttentionTransfer:
         self._negative_mass_weight = (2.0 if signed else 0.0) if weight is None else weight
         # layers learn independently of each other, so each is clipped by its own norm
         self.clip_groups = [list(feature_map.parameters()) for feature_map in maps]
-        self.optimizer = torch.optim.Adam(kernel_parameters(model).values(), lr=recipe.learning_rate)
+        kernels = {"name": "kernels", "lr": recipe.learning_rate, "params": list(kernel_parameters(model).values())}
+        self.optimizer = make_optimizer(recipe, [kernels], betas=(0.9, 0.999))
         self._losses: list[tuple[str, StepLosses]] = []  # a module that several layers share comes several times
 
     def trained(self) -> dict[str, nn.Parameter]:

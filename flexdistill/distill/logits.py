@@ -14,13 +14,16 @@ from transformers import PreTrainedModel
 
 from ..attention_modes import softmax_mode
 from ..errors import FlexdistillError
-from ..losses import kl_divergence, label_loss
+from ..losses import hidden_state_error, kl_divergence, label_loss
 from ..recipe import LogitDistillationRecipe, LoraRecipe
 from .heads import SplitModel, backward_in_pieces
+from .optimizers import make_optimizer, model_groups
 from .stage import StepLosses, feature_maps, first_non_finite_module, kernel_parameters, trainable
 
 # logits held at once, of teacher and student each
 LOGITS_PER_PIECE = 2**25
+# of Adam and AdamW where all weights are trained
+BETAS = (0.9, 0.95)
 
 
 class LogitDistillation:
@@ -53,9 +56,7 @@ class LogitDistillation:
         elif recipe.train == "lora":
             weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
         self._trained = kernels | weights
-        rates = ((kernels, recipe.kernel_learning_rate), (weights, recipe.learning_rate))
-        groups = [{"params": list(trained.values()), "lr": rate} for trained, rate in rates if trained]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = make_optimizer(recipe, model_groups(model, self._trained, recipe), BETAS)
         self.clip_groups = [list(self._trained.values())]
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -74,10 +75,17 @@ class LogitDistillation:
         # sums are divided by the number of positions, of which the last has no label
         positions_per_label = len(labels) / int((labels != -100).sum())
         parts = {"kl": 0.0}
+        all_layers = recipe.hidden_state_weight > 0
         with self.accelerator.autocast():
             with torch.no_grad(), self._as_teacher():
-                teacher_hidden = self._teacher.hidden(sequences).flatten(0, 1)
-            hidden = self._student.hidden(sequences).flatten(0, 1)
+                teacher_states = self._teacher.states(sequences, all_layers)
+                teacher_hidden = teacher_states[-1].flatten(0, 1)
+            states = self._student.states(sequences, all_layers)
+            hidden, further_loss = states[-1].flatten(0, 1), None
+            if all_layers:
+                error, _ = hidden_state_error(states, teacher_states)
+                parts["hidden_state_error"] = error.detach()
+                further_loss = recipe.hidden_state_weight * error
 
             def loss(part_hidden, part):
                 with torch.no_grad(), adapters_disabled(self._teacher.model):
@@ -91,7 +99,7 @@ class LogitDistillation:
                 parts["label_loss"] = parts.get("label_loss", 0.0) + label.detach()
                 return (1 - recipe.label_weight) * kl + recipe.label_weight * label
 
-            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss)
+            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss, further_loss)
         return StepLosses(total, mask.sum(), parts)
 
     def blame(self, sequences: torch.Tensor) -> str:

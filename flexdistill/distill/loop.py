@@ -14,15 +14,11 @@ from accelerate import Accelerator
 
 from ..errors import NonFiniteLossError
 from ..recipe import StageRecipe
+from .averaging import update_average
 from .checkpoints import Checkpoints
+from .optimizers import learning_rate_factor
 from .stage import Stage, StepLosses
-
-
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, final_ratio: float) -> float:
-    """Linear warm-up times a cosine that ends at `final_ratio`; of the step alone, so resuming needs no state."""
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return warmup * (final_ratio + (1 - final_ratio) * cosine)
+from .validation import VALIDATION_LOSS, Validation
 
 
 def run_stage(
@@ -32,6 +28,7 @@ def run_stage(
     order: torch.Tensor,
     accelerator: Accelerator,
     *,
+    validation: torch.Tensor | None = None,
     start_step: int = 0,
     stop_step: int | None = None,
     checkpoints: Checkpoints | None = None,
@@ -40,13 +37,14 @@ def run_stage(
     log_file: Path | None = None,
     update: Callable[..., None] = lambda *args, **kwargs: None,
 ) -> dict:
-    """Trains a stage from `start_step` to `stop_step`, or to the end.
+    """Trains a stage from `start_step` to `stop_step`, to the end, or until its validation ends it.
 
     Gradients of loss sums are added up over micro-batches and processes and divided once by the global count, so the
     result does not depend on how a batch was split.
 
     Args:
         sequences: token ids (N, T); order: row indices (steps, batch), the same in every process.
+        validation: held-out token ids (M, T), where the recipe validates.
         update: called with (step, loss=, tokens_per_s=) after each step.
 
     Returns:
@@ -63,10 +61,16 @@ def run_stage(
     if log_file is not None and accelerator.is_main_process:
         log = _forget_after(log_file, start_step)
     losses, elapsed_before = [entry["loss"] for entry in log], log[-1]["elapsed_s"] if log else 0.0
-    started = time.perf_counter()
+    validations = Validation(stage, recipe, validation, accelerator, log) if recipe.validation_every else None
+    started, done = time.perf_counter(), start_step
     with stage.active():
         for step in range(start_step, recipe.steps if stop_step is None else stop_step):
-            factor = learning_rate_factor(step, recipe.steps, recipe.warmup_steps, recipe.final_learning_rate_ratio)
+            if validations and validations.ended_at:
+                done = validations.ended_at
+                break
+            factor = learning_rate_factor(
+                step, recipe.steps, recipe.warmup_steps, recipe.final_learning_rate_ratio, recipe.schedule
+            )
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
@@ -83,21 +87,28 @@ def run_stage(
             optimizer.step()
             losses.append(loss)
 
-            done, elapsed = step + 1, time.perf_counter() - started
+            done, validated = step + 1, {}
+            if recipe.ema_decay is not None:
+                update_average(optimizer, recipe.ema_decay, done)
+            if validations and validations.is_due(done):
+                validated = {VALIDATION_LOSS: validations.measure(done)}
+            elapsed = time.perf_counter() - started
             tokens_per_s = (done - start_step) * order.shape[1] * sequences.shape[1] / elapsed
             if log_file is not None and accelerator.is_main_process:
                 parts = {name: float(part / step_losses.count) for name, part in step_losses.parts.items()}
-                entry = {"step": done, "loss": loss, **parts, "gradient_norm": norm, "learning_rate_factor": factor}
+                entry = {"step": done, "loss": loss, **parts, **validated}
+                entry |= {"gradient_norm": norm, "learning_rate_factor": factor}
                 entry |= {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(elapsed_before + elapsed, 3)}
                 with log_file.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
             update(done, loss=loss, tokens_per_s=tokens_per_s)
-            if checkpoints is not None and (done == recipe.steps or done % checkpoint_every == 0):
+            is_last = done == recipe.steps or (validations and validations.ended_at)
+            if checkpoints is not None and (is_last or done % checkpoint_every == 0):
                 checkpoints.save(stage, checkpoint_number, done)
     return {
         "name": stage.name,
-        "steps": recipe.steps,
-        "tokens": recipe.steps * order.shape[1] * sequences.shape[1],
+        "steps": done,
+        "tokens": done * order.shape[1] * sequences.shape[1],
         "elapsed_s": elapsed_before + time.perf_counter() - started,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,

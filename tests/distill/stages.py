@@ -5,8 +5,9 @@ from accelerate import Accelerator
 
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.distill.attention_transfer import AttentionTransfer
+from flexdistill.distill.labels import LabelTraining
 from flexdistill.distill.logits import LogitDistillation
-from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, LogitDistillationRecipe
+from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, LabelTrainingRecipe, LogitDistillationRecipe
 from tests.tiny import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bert": tiny_bert}
@@ -44,6 +45,11 @@ def attention_transfer(model, **settings) -> AttentionTransfer:
 def logit_distillation(model, **settings) -> LogitDistillation:
     recipe = LogitDistillationRecipe(**{"steps": 6, "batch_size": 4, "warmup_steps": 2} | settings)
     return LogitDistillation(model, recipe, Accelerator(cpu=True))
+
+
+def label_training(model, **settings) -> LabelTraining:
+    recipe = LabelTrainingRecipe(**{"steps": 6, "batch_size": 4, "warmup_steps": 2} | settings)
+    return LabelTraining(model, recipe, Accelerator(cpu=True))
 
 
 def train(stage, steps: int | None = None, **options):

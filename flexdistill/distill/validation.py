@@ -1,0 +1,64 @@
+"""A stage's own loss on held-out sequences while it trains, and when that ends the stage."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..recipe import StageRecipe
+from .averaging import averaged, keep_best
+from .stage import Stage
+
+# in the log
+VALIDATION_LOSS = "validation_loss"
+
+
+class Validation:
+    """The validations of one stage.
+
+    Args:
+        sequences: held-out token ids (N, T), shared out over the processes.
+        log: the main process's log of the steps before, whose validations count; empty elsewhere.
+    """
+
+    def __init__(
+        self, stage: Stage, recipe: StageRecipe, sequences: torch.Tensor, accelerator: Accelerator, log: list[dict]
+    ):
+        self._stage, self._recipe, self._accelerator = stage, recipe, accelerator
+        self._batches = sequences[accelerator.process_index :: accelerator.num_processes].split(
+            recipe.micro_batch_size or recipe.batch_size
+        )
+        history = [(entry["step"], entry[VALIDATION_LOSS]) for entry in log if VALIDATION_LOSS in entry]
+        self._history: list[tuple[int, float]] = broadcast_object_list([history])[0]
+
+    def is_due(self, step: int) -> bool:
+        return step % self._recipe.validation_every == 0 or step == self._recipe.steps
+
+    @property
+    def ended_at(self) -> int | None:
+        """The step at which the stage ended, its patience without a new best being over; None if it goes on."""
+        losses = [loss for _, loss in self._history]
+        if self._recipe.patience is None or not losses:
+            return None
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        return self._history[-1][0] if since_best >= self._recipe.patience else None
+
+    def measure(self, step: int) -> float:
+        """The mean loss per token after a step, of the averaged weights where there are some; gradients are dropped."""
+        optimizer = self._stage.optimizer
+        sums = torch.zeros(2, dtype=torch.float64, device=self._accelerator.device)
+        with averaged(optimizer):
+            for batch in self._batches:
+                losses = self._stage.backward(batch.to(self._accelerator.device))
+                sums += torch.stack([losses.total.detach(), losses.count]).double()
+            total, count = self._accelerator.reduce(sums, reduction="sum").tolist()
+            loss = total / count
+            best = min((loss for _, loss in self._history), default=math.inf)
+            if self._recipe.patience is not None and loss < best:
+                keep_best(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        self._history.append((step, loss))
+        return loss
