@@ -129,11 +129,8 @@ def _read_mixture(recipe: Recipe, tokenizer, held_out: int) -> tuple[TokenRows, 
     The latter follow the others in the text, or begin where training does if too little follows.
     """
     data, weights = recipe.data, tuple(text.weight for text in recipe.data.texts)
-    folder, length, label_length = (
-        cache_folder(data.cache),
-        data.sequence_length,
-        recipe.sequence_length(LabelTraining.name),
-    )
+    folder = cache_folder(data.cache)
+    length, label_length = data.sequence_length, recipe.sequence_length(LabelTraining.name)
     sizes = {name: stage.steps * stage.batch_size for name, stage in recipe.stages.items()}
     label_rows = sizes.pop(LabelTraining.name, 0)
     counts = (max(sum(sizes.values()), 1), held_out, label_rows)
