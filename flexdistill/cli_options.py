@@ -33,6 +33,7 @@ RECIPE_SETTINGS = {
     "attention_steps": ["attention_transfer.steps"],
     "logit_steps": ["logit_distillation.steps"],
     "train": ["logit_distillation.train"],
+    "trackers": ["tracking.trackers"],
 }
 
 SOURCE_HELP = "A file or folder of text, `sample`, or a `datasets` name as NAME[:CONFIG[:SPLIT[:COLUMN]]]."
@@ -76,6 +77,7 @@ Train = Annotated[str | None, training_option(metavar="full|lora|kernels", help=
 EvalData = Annotated[str | None, training_option(metavar="SOURCE", help="As --data; else held out of it.")]
 Seed = Annotated[int | None, training_option(help="Fixes the data order and the initial kernels.")]
 Precision = Annotated[str | None, training_option(metavar="auto|fp32|bf16")]
+Trackers = Annotated[str | None, training_option(metavar="NAMES", help="tensorboard, trackio, wandb, beside the logs.")]
 Settings = Annotated[
     list[str] | None, option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
 ]

@@ -6,6 +6,7 @@ recipe -> teacher -> plan -> converted student -> attention transfer -> logit di
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -41,12 +42,13 @@ from .mixture import TokenRows
 from .progress import stage_progress
 from .recipe import STAGES, Recipe, StageRecipe
 from .sources import load_model
+from .tracking import Track, check_trackers, tracking
 
 STAGE_CLASSES = dict(zip(STAGES, (AttentionTransfer, LogitDistillation, LabelTraining), strict=True))
 # sequences that kernels take their constants from
 MEASURED_SEQUENCES = 8
 # settings that results do not depend on
-INDECISIVE = {"data": {"cache"}}
+INDECISIVE = {"data": {"cache"}, "tracking": True}
 
 
 def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resume: bool = False) -> dict:
@@ -70,6 +72,7 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
 
 def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     started = time.perf_counter()
+    check_trackers(recipe.tracking)
     recipe = recipe.model_copy(update={"kernel": resolve_kernel(recipe.kernel)})
     accelerator = make_accelerator(recipe.precision)
     set_seed(recipe.seed)
@@ -84,7 +87,8 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     checkpoint = _prepare_work(work, recipe, input_hashes(model, sequences), resume, accelerator)
     checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
     student = apply_plan(model, plan).to(accelerator.device)
-    stages = run_stages(recipe, student, sequences, accelerator, work, checkpoints, checkpoint)
+    with tracking(recipe, accelerator) as track:
+        stages = run_stages(recipe, student, sequences, accelerator, work, checkpoints, checkpoint, track=track)
 
     teacher = student
     logits = recipe.logit_distillation
@@ -110,6 +114,7 @@ def run_stages(
     checkpoints: Checkpoints,
     checkpoint: Checkpoint | None = None,
     *,
+    track: Track = lambda figures, step: None,
     pause_every: int = 0,
     at_pause: Callable[[int], None] = lambda tokens: None,
 ) -> list[dict]:
@@ -119,6 +124,7 @@ def run_stages(
 
     Args:
         work: folder of the logs and summaries.
+        track: called with the figures of each log entry, named STAGE/FIGURE, and the step counted over all stages.
         pause_every: steps between pauses, outside of which a stage holds the model; 0: no pauses.
         at_pause: called with the number of tokens trained on, before the first step, at each pause and after the last
             step of each stage; its time does not count as training.
@@ -166,6 +172,7 @@ def run_stages(
         if number == reached:
             checkpoint.load(stage)
             start_step = checkpoint.step
+        steps_before = sum(recipes[earlier].steps for earlier in STAGES[:number] if earlier in recipes)
         tokens_before = sum(summary["tokens"] for summary in summaries)
         with stage_progress(name, recipes[name].steps, start_step, enabled=accelerator.is_main_process) as update:
             for start, stop in _spans(start_step, recipes[name].steps, pause_every):
@@ -184,6 +191,7 @@ def run_stages(
                         checkpoint_every=recipe.checkpoint.every_steps,
                         log_file=work / f"{name}.jsonl",
                         update=update,
+                        track=functools.partial(_track, track, name, steps_before),
                     )
                 if pause_every:
                     at_pause(tokens_before + stop * recipes[name].batch_size * rows.shape[1])
@@ -197,6 +205,11 @@ def run_stages(
     if recipe.tied_embeddings == "retied":
         retie(student, tied)
     return summaries
+
+
+def _track(track: Track, stage: str, steps_before: int, entry: dict) -> None:
+    figures = {f"{stage}/{name}": value for name, value in entry.items() if name != "step"}
+    track(figures, steps_before + entry["step"])
 
 
 def _rows_of(stage: str, recipe: Recipe, sequences: Sequences) -> tuple[TokenRows, torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import FlexdistillError
 
@@ -231,6 +231,19 @@ class LabelTrainingRecipe(ModelStageRecipe):
     sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
 
 
+class TrackingRecipe(_Section):
+    """Where figures go beside the logs, which are always written."""
+
+    trackers: list[str] = Field([], description="Accelerate's trackers by name: tensorboard, trackio, wandb and others")
+    project: str = Field("flexdistill", min_length=1, description="name of the project there")
+    folder: str = Field("runs", min_length=1, description="of trackers that write files, such as tensorboard")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+
 class CheckpointRecipe(_Section):
     """Where an interrupted run goes on."""
 
@@ -263,6 +276,7 @@ class Recipe(_Section):
     label_training: LabelTrainingRecipe = LabelTrainingRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+    tracking: TrackingRecipe = TrackingRecipe()
 
     @classmethod
     def load(cls, name_or_file: str | Path) -> Recipe:

@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"recipe", "runtime", "progress", "losses"},
     {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
-    {"attention_search", "conversion", "distill", "mixture", "token_cache"},
+    {"attention_search", "conversion", "distill", "mixture", "token_cache", "tracking"},
     {"evaluation", "export", "hub", "inputs", "report", "scoring"},
     {"generation", "pipeline", "positions", "recall"},
     {"comparison", "ranking"},

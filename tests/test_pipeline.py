@@ -23,7 +23,7 @@ from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.evaluation import evaluate_checkpoint, load_converted
 from flexdistill.pipeline import convert
 from flexdistill.recipe import EvaluationRecipe, KernelRecipe, Recipe
-from tests.distill.stages import teacher
+from tests.distill.stages import log_entries, teacher
 from tests.tiny import save_tiny
 
 MAKERS = {"llama": lambda: teacher("llama"), "bert": lambda: teacher("bert")}
@@ -291,10 +291,7 @@ def test_resume_is_the_uninterrupted_run(sources, tmp_path, interrupt, step, tra
     assert metrics["rows"] == expected["rows"] and metrics["attention_kl"] == expected["attention_kl"]
     assert listing(tmp_path / "resumed").keys() == listing(tmp_path / "whole").keys()
     for stage in ("attention_transfer", "logit_distillation"):
-        logs = [(tmp_path / folder / f"{stage}.jsonl").read_text() for folder in ("whole", "resumed")]
-        logs = [
-            [json.loads(line) | {"tokens_per_s": None, "elapsed_s": None} for line in log.splitlines()] for log in logs
-        ]
+        logs = [log_entries(tmp_path / folder / f"{stage}.jsonl") for folder in ("whole", "resumed")]
         assert logs[0] == logs[1] and len(logs[0]) == 4
 
 

@@ -23,6 +23,7 @@ from ..recipe import AttentionTransferRecipe
 from ..runtime.attention import attention_weights
 from .optimizers import make_optimizer
 from .stage import StepLosses, feature_maps, kernel_parameters, trainable
+from .throughput import kernel_flops, softmax_flops, weight_flops
 from .tiled_transfer import can_run, tiled_rows
 
 
@@ -50,6 +51,11 @@ class AttentionTransfer:
     def trained(self) -> dict[str, nn.Parameter]:
         return kernel_parameters(self.model)
 
+    def flops_per_token(self, length: int) -> float:
+        """The frozen model's forward pass without its head, and forward and backward passes of the kernels."""
+        frozen = weight_flops(self.model, head=False) + softmax_flops(self.model, length)
+        return frozen + 3 * kernel_flops(self.model)
+
     @contextlib.contextmanager
     def active(self):
         with trainable(self.model, set(self.trained())), attention_function(self.model, self._attend):
@@ -62,6 +68,9 @@ class AttentionTransfer:
         losses = [loss for _, loss in self._losses]
         total = sum(loss.total for loss in losses)
         parts = {name: sum(loss.parts[name] for loss in losses) / len(losses) for name in losses[0].parts}
+        for layer in dict(self._losses):
+            kls = [loss.parts["attention_kl"] for name, loss in self._losses if name == layer]
+            parts[f"attention_kl/{layer}"] = sum(kls) / len(kls)
         return StepLosses(total / len(losses), losses[0].count, parts)
 
     def blame(self, sequences: torch.Tensor) -> str:

@@ -13,6 +13,7 @@ from .heads import SplitModel, backward_in_pieces
 from .logits import BETAS, next_tokens, positions_per_piece
 from .optimizers import make_optimizer, model_groups
 from .stage import StepLosses, first_non_finite_module, trainable
+from .throughput import kernel_flops, weight_flops
 
 
 class LabelTraining:
@@ -29,6 +30,10 @@ class LabelTraining:
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self._trained
+
+    def flops_per_token(self, length: int) -> float:
+        """A forward and a backward pass."""
+        return 3 * (weight_flops(self.model) + kernel_flops(self.model))
 
     def active(self):
         return trainable(self.model, set(self._trained))

@@ -19,6 +19,7 @@ from ..recipe import LogitDistillationRecipe, LoraRecipe
 from .heads import SplitModel, backward_in_pieces
 from .optimizers import make_optimizer, model_groups
 from .stage import StepLosses, feature_maps, first_non_finite_module, kernel_parameters, trainable
+from .throughput import kernel_flops, softmax_flops, weight_flops
 
 # logits held at once, of teacher and student each
 LOGITS_PER_PIECE = 2**25
@@ -61,6 +62,12 @@ class LogitDistillation:
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self._trained
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward passes of teacher and student, and a backward pass, without gradients of weights that are frozen."""
+        weights = weight_flops(self.model)
+        teacher = weights + softmax_flops(self.model, length)
+        return teacher + (3 if self.recipe.train == "full" else 2) * weights + 3 * kernel_flops(self.model)
 
     @contextlib.contextmanager
     def active(self):

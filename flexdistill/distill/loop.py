@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ..devices import peak_memory_bytes
 from ..errors import NonFiniteLossError
 from ..recipe import StageRecipe
 from .averaging import update_average
 from .checkpoints import Checkpoints
 from .optimizers import learning_rate_factor
-from .stage import Stage, StepLosses
+from .stage import Stage, StepLosses, backward_counting_guards
+from .throughput import Throughput
 from .validation import VALIDATION_LOSS, Validation
 
 
@@ -36,6 +38,7 @@ def run_stage(
     checkpoint_every: int = 0,
     log_file: Path | None = None,
     update: Callable[..., None] = lambda *args, **kwargs: None,
+    track: Callable[[dict], None] = lambda entry: None,
 ) -> dict:
     """Trains a stage from `start_step` to `stop_step`, to the end, or until its validation ends it.
 
@@ -46,6 +49,7 @@ def run_stage(
         sequences: token ids (N, T); order: row indices (steps, batch), the same in every process.
         validation: held-out token ids (M, T), where the recipe validates.
         update: called with (step, loss=, tokens_per_s=) after each step.
+        track: called with each entry of the log, by the process that writes it.
 
     Returns:
         the stage's summary: name, steps, tokens, elapsed_s, first_loss and last_loss; with a log, of all its calls.
@@ -62,6 +66,7 @@ def run_stage(
         log = _forget_after(log_file, start_step)
     losses, elapsed_before = [entry["loss"] for entry in log], log[-1]["elapsed_s"] if log else 0.0
     validations = Validation(stage, recipe, validation, accelerator, log) if recipe.validation_every else None
+    throughput = Throughput(stage, sequences.shape[1], accelerator)
     started, done = time.perf_counter(), start_step
     with stage.active():
         for step in range(start_step, recipe.steps if stop_step is None else stop_step):
@@ -77,7 +82,9 @@ def run_stage(
             rows = order[step][accelerator.process_index :: accelerator.num_processes]
             batch = sequences[rows].to(accelerator.device)
             micro_batches = batch.split(recipe.micro_batch_size or max(len(batch), 1)) if len(batch) else ()
-            step_losses = _reduce(_sum([stage.backward(micro) for micro in micro_batches]), accelerator)
+            step_losses = _reduce(
+                _sum([backward_counting_guards(stage, micro) for micro in micro_batches]), accelerator
+            )
             _reduce_gradients(parameters, step_losses.count, accelerator)
             norms = [torch.nn.utils.clip_grad_norm_(group, recipe.clip_norm) for group in stage.clip_groups]
             loss = float(step_losses.total / step_losses.count)
@@ -95,12 +102,14 @@ def run_stage(
             elapsed = time.perf_counter() - started
             tokens_per_s = (done - start_step) * order.shape[1] * sequences.shape[1] / elapsed
             if log_file is not None and accelerator.is_main_process:
-                parts = {name: float(part / step_losses.count) for name, part in step_losses.parts.items()}
-                entry = {"step": done, "loss": loss, **parts, **validated}
+                entry = {"step": done, "loss": loss, **step_losses.means(), **validated}
                 entry |= {"gradient_norm": norm, "learning_rate_factor": factor}
-                entry |= {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(elapsed_before + elapsed, 3)}
+                entry |= {"tokens_per_s": round(tokens_per_s, 1), **throughput.utilisation(tokens_per_s)}
+                entry |= {"peak_memory_bytes": peak_memory_bytes(accelerator.device)}
+                entry |= {"elapsed_s": round(elapsed_before + elapsed, 3)}
                 with log_file.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
+                track(entry)
             update(done, loss=loss, tokens_per_s=tokens_per_s)
             is_last = done == recipe.steps or (validations and validations.ended_at)
             if checkpoints is not None and (is_last or done % checkpoint_every == 0):

@@ -9,7 +9,9 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..runtime.attention import count_guards
 from ..runtime.feature_maps import FeatureMap
 from ..runtime.interface import NAME
 
@@ -26,6 +28,13 @@ class StepLosses:
         parts = {name: self.parts[name] + other.parts[name] for name in self.parts}
         return StepLosses(self.total + other.total, self.count + other.count, parts)
 
+    def means(self) -> dict[str, float]:
+        """The parts over the count, in one transfer from the device."""
+        if not self.parts:
+            return {}
+        values = torch.stack([torch.as_tensor(part).double() for part in self.parts.values()]) / self.count
+        return dict(zip(self.parts, values.tolist(), strict=True))
+
     def detach(self) -> StepLosses:
         parts = {name: part.detach() for name, part in self.parts.items()}
         return StepLosses(self.total.detach(), self.count, parts)
@@ -37,6 +46,10 @@ class Stage(Protocol):
     name: str
     optimizer: torch.optim.Optimizer
     clip_groups: list[list[nn.Parameter]]  # each clipped by its own norm
+    model: PreTrainedModel
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations that training on a token of a sequence of that length takes."""
 
     def active(self) -> contextlib.AbstractContextManager:
         """Context in which the stage's forward passes run."""
@@ -52,6 +65,15 @@ class Stage(Protocol):
 
     def blame(self, sequences: torch.Tensor) -> str:
         """The first layer whose output or loss is not finite on these sequences."""
+
+
+def backward_counting_guards(stage: Stage, sequences: torch.Tensor) -> StepLosses:
+    """`stage.backward`, whose parts also tell the share of attention rows that the guard changed."""
+    with count_guards() as guards:
+        losses = stage.backward(sequences)
+    if guards.rows:
+        losses.parts["guarded_rows"] = torch.as_tensor(guards.guarded / guards.rows) * losses.count
+    return losses
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """What tests of training share: converted tiny models whose attention is not uniform, and tokens to train them on."""
 
+import json
+
 import torch
 from accelerate import Accelerator
 
@@ -64,6 +66,13 @@ def train(stage, steps: int | None = None, **options):
 
 def parameters(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def log_entries(file) -> list[dict]:
+    """A log without what differs from run to run."""
+    measured = ("tokens_per_s", "elapsed_s", "peak_memory_bytes")
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name not in measured} for entry in entries]
 
 
 def assert_equal(actual: dict, expected: dict) -> None:
