@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import compare, convert, evaluate, plan
+    from .api import compare, convert, evaluate, init, plan, train
     from .errors import FlexdistillError, NonFiniteLossError
     from .hub import push
     from .recipe import Recipe
@@ -24,13 +24,26 @@ _PUBLIC = {
     "compare": ".api",
     "convert": ".api",
     "evaluate": ".api",
+    "init": ".api",
     "plan": ".api",
+    "train": ".api",
     "push": ".hub",
     "Recipe": ".recipe",
     "FlexdistillError": ".errors",
     "NonFiniteLossError": ".errors",
 }
-__all__ = ["FlexdistillError", "NonFiniteLossError", "Recipe", "compare", "convert", "evaluate", "plan", "push"]
+__all__ = [
+    "FlexdistillError",
+    "NonFiniteLossError",
+    "Recipe",
+    "compare",
+    "convert",
+    "evaluate",
+    "init",
+    "plan",
+    "push",
+    "train",
+]
 
 
 def __getattr__(name: str):

@@ -32,6 +32,7 @@ RECIPE_SETTINGS = {
     "sequence_length": ["data.sequence_length"],
     "attention_steps": ["attention_transfer.steps"],
     "logit_steps": ["logit_distillation.steps"],
+    "label_steps": ["label_training.steps"],
     "train": ["logit_distillation.train"],
     "trackers": ["tracking.trackers"],
 }

@@ -84,7 +84,7 @@ def _convert(recipe: Recipe, output: Path, resume: bool) -> dict:
     sequences = load_sequences(recipe, model, tokenizer)
 
     work = working_folder(output)
-    checkpoint = _prepare_work(work, recipe, input_hashes(model, sequences), resume, accelerator)
+    checkpoint = prepare_work(work, recipe, input_hashes(model, sequences), resume, accelerator)
     checkpoints = Checkpoints(work, recipe.checkpoint.keep, writes=accelerator.is_main_process)
     student = apply_plan(model, plan).to(accelerator.device)
     with tracking(recipe, accelerator) as track:
@@ -221,7 +221,7 @@ def _rows_of(stage: str, recipe: Recipe, sequences: Sequences) -> tuple[TokenRow
     return sequences.labels, cut(sequences.validation.flatten(), length) if validates else sequences.validation
 
 
-def _prepare_work(
+def prepare_work(
     work: Path, recipe: Recipe, hashes: dict[str, str], resume: bool, accelerator: Accelerator
 ) -> Checkpoint | None:
     """Makes the folder of a run, or checks that it is of the same inputs; returns the checkpoint to go on from."""

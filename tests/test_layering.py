@@ -24,8 +24,8 @@ LAYERS = [
     {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
     {"attention_search", "conversion", "distill", "mixture", "token_cache", "tracking"},
     {"evaluation", "export", "hub", "inputs", "report", "scoring"},
-    {"generation", "pipeline", "positions", "recall"},
-    {"comparison", "ranking"},
+    {"generation", "initialisation", "pipeline", "positions", "recall"},
+    {"comparison", "ranking", "training"},
     {"api"},
     {"cli", "cli_options", "cli_output"},
 ]

@@ -20,6 +20,7 @@ from tests.distill.stages import (
     assert_equal,
     attention_transfer,
     label_training,
+    log_entries,
     logit_distillation,
     parameters,
     sequences,
