@@ -32,6 +32,7 @@ _KINDS = {
 }
 _COMPRESSIONS = (".xz", ".gz", ".zst")
 _PIECE_CHARACTERS = 1_000_000
+_BATCH_CHARACTERS = 8_000_000
 
 
 def read_documents(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
@@ -87,7 +88,7 @@ def pack(
     """
     limit = None if max_sequences is None else max_sequences * sequence_length
     stream = array("q")
-    for piece in token_pieces(documents, tokenizer):
+    for piece in token_pieces(text_pieces(documents, tokenizer), tokenizer):
         stream.extend(piece)
         if limit is not None and len(stream) >= limit:
             break
@@ -331,8 +332,12 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 
-def token_pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The token stream that `pack` cuts into rows, piece by piece."""
+def text_pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], str]]:
+    """The text of documents in pieces of up to a million characters, each with the tokens that stand before it.
+
+    Raises:
+        FlexdistillError: if a second document finds no token that could stand before it.
+    """
     separator = separator_of(tokenizer)
     for index, document in enumerate(documents):
         if index > 0 and separator is None:
@@ -340,11 +345,29 @@ def token_pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
                 "The tokenizer has neither an eos nor a sep token to put between documents; join the text in one file "
                 "or set one in its tokenizer_config.json."
             )
-        if index > 0:
-            yield [separator]
+        before = [separator] if index > 0 else []
         for piece in _pieces(document):
-            # verbose: a document is longer than the model's context on purpose
-            yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            yield before, piece
+            before = []
+
+
+def token_pieces(pieces: Iterator[tuple[list[int], str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The token stream of `text_pieces`, in parts that grow up to what a tokenizer does well on several cores."""
+    characters = 1
+    while batch := _taken(pieces, characters):
+        texts = [text for _, text in batch]
+        # verbose: a document is longer than the model's context on purpose
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        yield [token for (before, _), tokens in zip(batch, encoded, strict=True) for token in (*before, *tokens)]
+        characters = min(2 * max(characters, sum(map(len, texts))), _BATCH_CHARACTERS)
+
+
+def _taken(pieces: Iterator[tuple[list[int], str]], characters: int) -> list[tuple[list[int], str]]:
+    taken, count = [], 0
+    while count < characters and (piece := next(pieces, None)) is not None:
+        taken.append(piece)
+        count += len(piece[1])
+    return taken
 
 
 def _pieces(document: str) -> Iterator[str]:

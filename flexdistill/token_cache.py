@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import constants
 
-from .data import read_documents, text_identity, token_pieces
+from .data import read_documents, text_identity, text_pieces, token_pieces
 from .errors import FlexdistillError
 from .progress import is_main_process
 
@@ -53,7 +53,8 @@ def read_tokens(text: TextRecipe, tokenizer: PreTrainedTokenizerBase, count: int
     dtype = numpy.dtype(numpy.uint16 if len(tokenizer) <= 2**16 else numpy.int32)
     if folder is None:
         tokens = array(dtype.char)
-        for piece in _until(token_pieces(read_documents(text), tokenizer), count):
+        pieces = text_pieces(read_documents(text), tokenizer)
+        for piece in _until(token_pieces(pieces, tokenizer), count):
             tokens.extend(piece)
         return torch.from_numpy(numpy.asarray(tokens))
     name = _key(text, tokenizer)
@@ -112,13 +113,13 @@ def _find(folder: Path, name: str, count: int) -> Path | None:
 def _write(text, tokenizer, count: int, folder: Path, name: str, dtype: numpy.dtype) -> Path:
     """Writes aside, syncs, then renames, so that a file is whole or not there."""
     aside = folder / f"writing-{uuid.uuid4().hex}"
-    pieces = token_pieces(read_documents(text), tokenizer)
+    pieces = text_pieces(read_documents(text), tokenizer)
     header = {"descr": numpy.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (0,)}
     stored = 0
     try:
         with aside.open("wb") as file:
             numpy.lib.format.write_array_header_1_0(file, header)
-            for piece in _until(pieces, count):
+            for piece in _until(token_pieces(pieces, tokenizer), count):
                 file.write(numpy.asarray(piece, dtype).tobytes())
                 stored += len(piece)
             is_whole = next(pieces, None) is None

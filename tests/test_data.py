@@ -196,9 +196,9 @@ def test_long_document_is_tokenised_in_pieces(tiny_tokenizer, monkeypatch):
     whole = pack([TEXT * 20], tiny_tokenizer, 4)
     calls = []
 
-    def counting(text, **settings):
-        calls.append(text)
-        return tiny_tokenizer(text, **settings)
+    def counting(texts, **settings):
+        calls.extend(texts)
+        return tiny_tokenizer(texts, **settings)
 
     counting.eos_token_id = tiny_tokenizer.eos_token_id
     monkeypatch.setattr(data, "_PIECE_CHARACTERS", 100)
