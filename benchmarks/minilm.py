@@ -17,11 +17,12 @@ import torch
 from accelerate.utils import set_seed
 
 from flexdistill.conversion import apply_plan, make_plan
-from flexdistill.data import pack, read_documents, train_order
+from flexdistill.data import read_documents
 from flexdistill.devices import make_accelerator
 from flexdistill.distill.attention_transfer import AttentionTransfer
 from flexdistill.distill.loop import run_stage
 from flexdistill.distill.stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
+from flexdistill.packing import pack, train_order
 from flexdistill.recipe import AttentionTransferRecipe, DataRecipe, KernelRecipe, LogitDistillationRecipe
 from flexdistill.sources import load_model, load_tokenizer, resolve_model
 

@@ -19,7 +19,7 @@ from .attention_modes import (
     softmax_mode,
 )
 from .conversion import check_sequence_length
-from .data import pack, read_documents
+from .data import read_documents
 from .devices import make_accelerator
 from .distill.attention_transfer import softmax_weights
 from .distill.heads import SplitModel
@@ -27,6 +27,7 @@ from .distill.logits import next_tokens, positions_per_piece
 from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement
+from .packing import pack
 from .progress import progress_bars_on_terminals_only
 from .recipe import EvaluationRecipe
 from .runtime import modeling_flexformer

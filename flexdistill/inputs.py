@@ -9,13 +9,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import Plan, check_sequence_length
-from .data import cut, pack, read_documents, separator_of, split_held_out
+from .data import read_documents
 from .distill.documents import DocumentMasks
 from .distill.embeddings import has_tied_embeddings
 from .distill.heads import SplitModel
 from .distill.labels import LabelTraining
 from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
+from .packing import cut, pack, separator_of, split_held_out
 from .recipe import STAGES, Recipe
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
 from .token_cache import cache_folder, read_tokens

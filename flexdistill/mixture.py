@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .data import train_order
+from .packing import train_order
 
 
 @dataclass(frozen=True)

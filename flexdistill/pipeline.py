@@ -21,7 +21,6 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_softmax
-from .data import cut
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.averaging import use_final_weights
@@ -39,6 +38,7 @@ from .evaluation import compare_models
 from .export import check_output, export, working_folder
 from .inputs import Sequences, check_lengths, check_trainable, input_hashes, load_sequences, load_source
 from .mixture import TokenRows
+from .packing import cut
 from .progress import stage_progress
 from .recipe import STAGES, Recipe, StageRecipe
 from .sources import load_model

@@ -18,14 +18,15 @@ import torch
 from filelock import FileLock
 from huggingface_hub import constants
 
-from .data import read_documents, text_identity, text_pieces, token_pieces
+from .data import read_documents, text_identity
 from .errors import FlexdistillError
+from .packing import text_pieces, token_pieces
 from .progress import is_main_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .recipe import TextRecipe
+    from .recipe_sections import TextRecipe
 
 # raised when the tokens of the same text by the same tokenizer change
 _FORMAT = 1

@@ -10,7 +10,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_avail
 from accelerate.utils import LoggerType
 
 from .errors import FlexdistillError
-from .recipe import Recipe, TrackingRecipe
+from .recipe import Recipe
+from .recipe_sections import TrackingRecipe
 
 Track = Callable[[dict, int], None]
 

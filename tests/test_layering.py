@@ -20,14 +20,14 @@ RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
 # lower modules must not import higher ones
 LAYERS = [
     {"errors"},
-    {"recipe", "runtime", "progress", "losses"},
-    {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
+    {"recipe", "recipe_sections", "runtime", "progress", "losses"},
+    {"attention_modes", "data", "devices", "example_inputs", "packing", "sources", "tables"},
     {"attention_search", "conversion", "distill", "mixture", "token_cache", "tracking"},
     {"evaluation", "export", "hub", "inputs", "report", "scoring"},
     {"generation", "initialisation", "pipeline", "positions", "recall"},
     {"comparison", "ranking", "training"},
     {"api"},
-    {"cli", "cli_options", "cli_output"},
+    {"cli", "cli_options", "cli_output", "cli_scratch"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from flexdistill.data import train_order
 from flexdistill.mixture import TokenRows, interleave, turns_of
+from flexdistill.packing import train_order
 
 
 def rows(*sizes, weights=None):

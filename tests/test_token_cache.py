@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from flexdistill import token_cache
-from flexdistill.data import pack
 from flexdistill.errors import FlexdistillError
-from flexdistill.recipe import DataRecipe, WeightedTextRecipe
+from flexdistill.packing import pack
+from flexdistill.recipe import DataRecipe
+from flexdistill.recipe_sections import WeightedTextRecipe
 from flexdistill.token_cache import cache_folder, read_tokens
 from tests import tiny
 
@@ -173,7 +174,7 @@ READER = """
 import sys
 from pathlib import Path
 from flexdistill import token_cache
-from flexdistill.recipe import WeightedTextRecipe
+from flexdistill.recipe_sections import WeightedTextRecipe
 from tests.tiny import tiny_tokenizer
 calls, original = [], token_cache.token_pieces
 token_cache.token_pieces = lambda *args: calls.append(args) or original(*args)

@@ -5,7 +5,7 @@ import pytest
 
 from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert
-from flexdistill.recipe import TrackingRecipe
+from flexdistill.recipe_sections import TrackingRecipe
 from flexdistill.tracking import check_trackers
 from tests.test_pipeline import Interrupted, interrupt, make_recipe, sources  # noqa: F401 (fixtures)
 
