@@ -51,13 +51,14 @@ def load_source(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase, P
 
 def check_lengths(recipe: Recipe) -> None:
     """Raises FlexdistillError if the window covers the training sequences, or they go beyond the kernel's horizon."""
-    kernel, length = recipe.kernel, recipe.data.sequence_length
+    kernel, lengths = recipe.kernel, [recipe.sequence_length(stage) for stage in STAGES]
+    length = min(lengths)
     if kernel.window >= length:
         raise FlexdistillError(
             f"A window of {kernel.window} tokens covers sequences of {length}, so the kernel would never be used; set "
             "a smaller --window or a larger --sequence-length."
         )
-    longest = max(recipe.evaluation.sequence_length or 0, *map(recipe.sequence_length, STAGES))
+    longest = max(recipe.evaluation.sequence_length or 0, *lengths)
     if kernel.horizon is not None and longest > kernel.horizon:
         raise FlexdistillError(
             f"Sequences of {longest} tokens are longer than the kernel's horizon of {kernel.horizon}; set a larger "

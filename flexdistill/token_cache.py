@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import tempfile
-import uuid
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +39,7 @@ def cache_folder(setting: bool | str) -> Path | None:
 
 
 def read_tokens(text: TextRecipe, tokenizer: PreTrainedTokenizerBase, count: int, folder: Path | None) -> torch.Tensor:
-    """The first tokens of a text: `count` or more, all if it has fewer; `data.pack` says how documents are joined.
+    """The first tokens of a text: `count` or more, all if it has fewer; `packing.pack` says how documents are joined.
 
     With a folder they come from a file there, which is written first where it is missing or too short. Processes that
     need the same file wait for the one that writes it.
@@ -113,7 +112,7 @@ def _find(folder: Path, name: str, count: int) -> Path | None:
 
 def _write(text, tokenizer, count: int, folder: Path, name: str, dtype: numpy.dtype) -> Path:
     """Writes aside, syncs, then renames, so that a file is whole or not there."""
-    aside = folder / f"writing-{uuid.uuid4().hex}"
+    aside = folder / f"{name}.writing"
     pieces = text_pieces(read_documents(text), tokenizer)
     header = {"descr": numpy.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (0,)}
     stored = 0

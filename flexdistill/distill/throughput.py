@@ -44,10 +44,10 @@ class Throughput:
 
 def weight_flops(model: PreTrainedModel, *, head: bool = True) -> float:
     """Forward operations per token in the model's matrices: two per weight, but for embeddings that are looked up."""
-    kernels, output = kernel_parameters(model).keys(), model.get_output_embeddings().weight
+    kernels, output = kernel_parameters(model).keys(), getattr(model.get_output_embeddings(), "weight", None)
     left_out = {output, *(module.weight for module in model.modules() if isinstance(module, nn.Embedding))}
     matrices = [p for name, p in model.named_parameters() if name not in kernels and p not in left_out and p.ndim > 1]
-    return 2.0 * sum(parameter.numel() for parameter in [*matrices, *([output] if head else [])])
+    return 2.0 * sum(parameter.numel() for parameter in [*matrices, *([] if output is None or not head else [output])])
 
 
 def softmax_flops(model: PreTrainedModel, length: int) -> float:

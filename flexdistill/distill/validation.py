@@ -28,9 +28,10 @@ class Validation:
         self, stage: Stage, recipe: StageRecipe, sequences: torch.Tensor, accelerator: Accelerator, log: list[dict]
     ):
         self._stage, self._recipe, self._accelerator = stage, recipe, accelerator
-        self._batches = sequences[accelerator.process_index :: accelerator.num_processes].split(
-            recipe.micro_batch_size or recipe.batch_size
-        )
+        mine = sequences[accelerator.process_index :: accelerator.num_processes]
+        # no more at once than training holds
+        size = recipe.micro_batch_size or -(-recipe.batch_size // accelerator.num_processes)
+        self._batches = mine.split(size) if len(mine) else ()
         history = [(entry["step"], entry[VALIDATION_LOSS]) for entry in log if VALIDATION_LOSS in entry]
         self._history: list[tuple[int, float]] = broadcast_object_list([history])[0]
 
