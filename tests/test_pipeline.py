@@ -123,7 +123,8 @@ def test_two_processes_equal_one(sources, tmp_path, parallel):
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     actual, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name, value in expected.items():
-        assert (actual[name] - value).norm() <= 1e-5 * value.norm(), name
+        # amplitudes start at 0, so their own norm is small beside the steps that Adam takes
+        assert (actual[name] - value).norm() <= 1e-5 * max(float(value.norm()), 1.0), name
     for ours, theirs in zip(two["rows"], one["rows"], strict=True):
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
     AutoModelForCausalLM.from_pretrained(tmp_path / "two")

@@ -156,8 +156,8 @@ def _backward(ctx, d_output, *_):
     *k_gradients, _, k_moments = split_map(d_k_map, k_w1, k_w2, k_amplitude)
     d_decay = None
     if decay is not None:
-        # a pair of query i and key j counts exp(-decay (i - j - window)) times; sums over i and over j nearly cancel, so
-        # in bf16 this gradient carries noise: a fourth of its norm over 1,037 random tokens, less over more of them
+        # a pair of query i and key j counts exp(-decay (i - j - window)) times; the sums over i and over j nearly
+        # cancel, so in bf16 this gradient carries noise: a fourth of its norm over 1,037 random tokens
         _, window, *_ = ctx.settings
         q_moments = q_moments.unflatten(0, (decay.shape[0], -1)).sum(1)
         d_decay = k_moments + window * k_gradients[2] - q_moments

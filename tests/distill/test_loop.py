@@ -60,7 +60,8 @@ def test_accumulation_is_one_batch(name, micro_batch_size):
     trained = expected.trained()
     assert any(not torch.equal(before[key], parameter) for key, parameter in trained.items())
     for key, parameter in actual.trained().items():
-        assert (parameter - trained[key]).abs().max() <= 1e-6, key
+        # parameters that start at 0 have a norm that is small beside the steps that Adam takes
+        assert (parameter - trained[key]).norm() <= 1e-5 * max(float(trained[key].norm()), 1.0), key
 
 
 def test_learning_rate_factor():
