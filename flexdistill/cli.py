@@ -47,6 +47,7 @@ from .cli_options import (
     Window,
     default_output,
     integers,
+    is_launched,
     make_recipe,
     option,
     source_settings,
@@ -132,11 +133,8 @@ def convert(
     if dry_run:
         show_plan(resolved, as_json)
         return
-    if num_processes is not None:
-        from .launcher import launch
-
-        if launch(num_processes):
-            return
+    if is_launched(num_processes):
+        return
     from .pipeline import convert as run
 
     output = output or default_output(model)

@@ -110,6 +110,15 @@ def make_recipe(options: dict[str, Any]) -> Any:
     return Recipe.load(options.get("recipe", "default")).override(settings)
 
 
+def is_launched(num_processes: int | None) -> bool:
+    """Whether this command line ran in processes of its own, which have ended."""
+    if num_processes is None:
+        return False
+    from .launcher import launch
+
+    return launch(num_processes)
+
+
 def source_settings(section: str, source: str) -> dict[str, str]:
     """NAME[:CONFIG[:SPLIT[:COLUMN]]] as settings; a path that exists is never split."""
     parts = [source] if Path(source).exists() else source.split(":")

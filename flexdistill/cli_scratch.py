@@ -13,6 +13,7 @@ from .cli_options import (
     Component,
     Data,
     Debug,
+    Decay,
     EvalData,
     Features,
     Json,
@@ -20,7 +21,9 @@ from .cli_options import (
     KeyHeads,
     Layers,
     Matrix,
+    MaxMemory,
     MicroBatchSize,
+    NumProcesses,
     Overwrite,
     Precision,
     Seed,
@@ -31,6 +34,7 @@ from .cli_options import (
     TrustRemoteCode,
     Variant,
     Window,
+    is_launched,
     make_recipe,
     option,
     training_option,
@@ -48,6 +52,7 @@ def init(
     matrix: Matrix = None,
     features: Features = None,
     window: Window = None,
+    decay: Decay = None,
     tied: Tied = None,
     key_heads: KeyHeads = None,
     layers: Layers = None,
@@ -81,6 +86,8 @@ def train(
     sequence_length: SequenceLength = None,
     batch_size: BatchSize = None,
     micro_batch_size: MicroBatchSize = None,
+    max_memory: MaxMemory = None,
+    num_processes: NumProcesses = None,
     eval_data: EvalData = None,
     seed: Seed = None,
     precision: Precision = None,
@@ -93,9 +100,12 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a Flexformer model on text alone, without a teacher, and write it to OUTPUT."""
+    resolved = make_recipe(context.params)
+    if is_launched(num_processes):
+        return
     from .training import train as run
 
-    metrics = run(make_recipe(context.params), output, overwrite=overwrite, resume=resume)
+    metrics = run(resolved, output, overwrite=overwrite, resume=resume)
     if as_json:
         print_json(metrics)
     elif is_main_process():

@@ -1,16 +1,19 @@
 """From a configuration to a trained model, without a teacher."""
 
 import json
+import signal
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 import flexdistill
+from flexdistill.distill import loop
 from flexdistill.distill.stage import feature_maps
 from flexdistill.errors import FlexdistillError
 from flexdistill.evaluation import load_converted
 from flexdistill.recipe import Recipe
+from flexdistill.runs import locked
 from tests.test_pipeline import (  # noqa: F401 (fixtures)
     Interrupted,
     assert_same_weights,
@@ -130,6 +133,31 @@ def test_training_resumes(untrained, tmp_path, sources, interrupt):  # noqa: F81
     metrics = train(untrained, tmp_path / "resumed", sources, **settings, resume=True)
     assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
     assert metrics["perplexity"] == expected["perplexity"]
+
+
+def test_a_signal_stops_it_and_it_goes_on(untrained, tmp_path, sources, run, monkeypatch):  # noqa: F811
+    command = ["train", "untrained", "out", "--data", str(sources / "text.txt"), "--sequence-length", "32"]
+    command += ["--steps", "6", "--batch-size", "2", "--set", "data.cache=false"]
+    assert run(*command[:2], "whole", *command[3:]).code == 0
+    factor = loop.learning_rate_factor
+
+    def stopping(step, *more):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return factor(step, *more)
+
+    monkeypatch.setattr(loop, "learning_rate_factor", stopping)
+    stopped = run(*command)
+    message = "Stopped by SIGTERM after step 3 of label_training; give the same command with --resume to go on."
+    assert (stopped.code, stopped.err) == (143, f"{message}\n")
+    monkeypatch.setattr(loop, "learning_rate_factor", factor)
+    with locked(tmp_path / "out.partial"):
+        assert "Another process is writing" in run(*command, "--resume").err
+        init = run("init", str(sources / "llama"), "out", "--overwrite")
+    assert init.code == 2 and "Another process is writing" in init.err
+    assert run(*command, "--resume").code == 0
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_command(untrained, tmp_path, sources, run):  # noqa: F811

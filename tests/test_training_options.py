@@ -1,14 +1,18 @@
 """What a recipe says of training, in whole conversions."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexdistill import inputs
+from flexdistill.conversion import apply_plan, make_plan
+from flexdistill.devices import make_accelerator
 from flexdistill.errors import FlexdistillError
-from flexdistill.pipeline import convert
+from flexdistill.pipeline import convert, run_stages
 from flexdistill.recipe import Recipe
 from tests.test_pipeline import (  # noqa: F401 (fixtures)
     Interrupted,
@@ -119,6 +123,31 @@ BAD_OPTIONS = [
         "has 32 tokens and one sequence needs 64",
     ),
 ]
+
+
+def test_shards_need_validation_shared_out_evenly(sources):  # noqa: F811
+    settings = {"logit_distillation.parallel": "fsdp", "logit_distillation.validation_every": 2}
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), mixed_precision="no")
+    for count, refusal in (
+        (4, contextlib.nullcontext()),
+        (5, pytest.raises(FlexdistillError, match="validation has 5")),
+    ):
+        recipe = make_recipe(sources, **settings, **{"data.validation_sequences": count})
+        with refusal:
+            inputs.check_devices(recipe, inputs.load_source(recipe)[2], two)
+
+
+def test_pauses_tell_the_tokens_of_a_stage_that_ends_early(sources, tmp_path):  # noqa: F811
+    early = {"steps": 40, "learning_rate": 0.2, "validation_every": 1, "patience": 1, "warmup_steps": 0}
+    settings = {"attention_transfer.steps": 0} | {f"logit_distillation.{name}": value for name, value in early.items()}
+    recipe, tokens = make_recipe(sources, **settings), []
+    _, tokenizer, model = inputs.load_source(recipe)
+    sequences, accelerator = inputs.load_sequences(recipe, model, tokenizer), make_accelerator("fp32")
+    student = apply_plan(model, make_plan(model, recipe.kernel))
+    pauses = {"pause_every": 3, "at_pause": tokens.append}
+    (stage,) = run_stages(recipe, student, sequences, accelerator, tmp_path, **pauses)
+    assert stage["steps"] < 37 and tokens[-1] == stage["tokens"] == stage["steps"] * 2 * 32
+    assert tokens == sorted(set(tokens))
 
 
 @pytest.mark.parametrize(("name", "settings", "message"), BAD_OPTIONS)

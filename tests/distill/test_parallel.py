@@ -63,7 +63,7 @@ def results(tmp_path_factory):
     )
     assert run.returncode == 0, run.stderr
     told = "A step ran out of memory; micro-batches have 1 sequences from now on."
-    assert run.stderr.count(told) == 2, run.stderr  # once per stage
+    assert run.stderr.count(told) == 3, run.stderr  # once per stage
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(two_processes.logits, "LOGITS_PER_PIECE", 0)  # put back what `results` sets
         one = two_processes.results(tmp_path_factory.mktemp("one"))

@@ -155,6 +155,9 @@ class GivenFeatures:
     def __call__(self, query, key, function, **arguments):
         return function(self, query, key, **arguments)
 
+    def decay_rates(self):
+        return None
+
     def features(self, query, key, context=None) -> Features:
         return Features(*(x.clone() for x in self.parameters))
 
@@ -297,7 +300,7 @@ def test_operator_is_well_formed():
     query, key, value = inputs(5)
     features = feature_map.features(query, key)
     arguments = (
-        features.query.detach().requires_grad_(), features.key.detach().requires_grad_(),
+        features.query.detach().requires_grad_(), features.key.detach().requires_grad_(), None,
         features.key_log_weight.detach().requires_grad_(), features.query_log_scale.detach().requires_grad_(),
         features.key_log_weight.detach(), features.key.detach().norm(dim=-1), query, key, value, None,
         SCALING, 2, True, True, True,
