@@ -21,6 +21,13 @@ from tests.distill.stages import (
 )
 from tests.tiny import VOCABULARY
 
+HELD_OUT = sequences(12)[-4:]
+# what sharded distillations are trained with besides
+FURTHER = {
+    "llama": {"hidden_state_weight": 0.5, "ema_decay": 0.9, "validation_every": 2, "patience": 2},
+    "gpt2": {},
+}
+
 
 def all_stages(batch_size: int, micro_batch_size: int | None, poor: int | None = None) -> dict[str, torch.Tensor]:
     """Parameters after attention transfer, full logit distillation and label training, all validated.
@@ -31,7 +38,7 @@ def all_stages(batch_size: int, micro_batch_size: int | None, poor: int | None =
     settings = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
     model = student()
     distil = {"train": "full", "learning_rate": 1e-3, "label_weight": 0.2}
-    stages = ((attention_transfer, {}), (logit_distillation, distil), (label_training, {"learning_rate": 1e-3}))
+    stages = ((attention_transfer, {}), (logit_distillation, distil), (label_training, {"kernel_learning_rate": 1e-4}))
     for make, more in stages:
         stage = make(model, **settings, **more, validation_every=3, patience=2, ema_decay=0.9)
         if PartialState().process_index == poor:
@@ -57,12 +64,11 @@ def limit_memory(stage, most: int) -> list[int]:
 
 
 def sharded(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Parameters after a distillation that is sharded, stopped, and gone on with from its checkpoint; one validated."""
+    """Parameters after a distillation that is sharded, stopped, and gone on with from its checkpoint; the llama validated."""
     settings = {"train": "full", "learning_rate": 1e-3, "label_weight": 0.2, "micro_batch_size": 1, "batch_size": 4}
     settings |= {"parallel": "fsdp", "gradient_checkpointing": name == "llama"}
-    if name == "llama":
-        settings |= {"hidden_state_weight": 0.5, "ema_decay": 0.9, "validation_every": 2, "patience": 2}
-    validated = {"validation": sequences(12)[-4:], "log_file": folder / f"{name}.jsonl"}
+    settings |= FURTHER[name]
+    validated = {"validation": HELD_OUT, "log_file": folder / f"{name}.jsonl"}
     checkpoints = Checkpoints(folder / name, 2, writes=PartialState().is_main_process, every_steps=3)
     train(logit_distillation(student(name), **settings), stop_step=3, checkpoints=checkpoints, **validated)
     PartialState().wait_for_everyone()
