@@ -65,9 +65,7 @@ def main() -> None:
         return
     if sum((bool(arguments.model), arguments.random, arguments.tiny)) != 1:
         parser.error("give a model, --random or --tiny")
-    content = measure(arguments)
-    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
-    show(content)
+    show(measure(arguments))
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -81,8 +79,11 @@ def measure(arguments: argparse.Namespace) -> dict:
     }
     if arguments.tiny:
         case |= {"settings": {"batch_size": 4, "micro_batch_size": 1}, "length": 64, "steps": 4, "warmup": 2}
-    runs = [launch(case, number, arguments.tiny) for number in arguments.processes]
-    content = {"case": case, "torch": torch.__version__, "runs": runs, "figures": figures(runs)}
+    content = {"case": case, "torch": torch.__version__, "runs": []}
+    for number in arguments.processes:
+        content["runs"].append(launch(case, number, arguments.tiny))
+        content["figures"] = figures(content["runs"])
+        write(arguments.output, content)
     if not arguments.no_sharding:
         case = case | {"model": "tiny" if arguments.tiny else "1b", "stages": ["logit_distillation"]}
         case |= {"steps": 4, "warmup": 2}
@@ -92,7 +93,13 @@ def measure(arguments: argparse.Namespace) -> dict:
         for name, settings in more.items():
             settings |= {"batch_size": number, "micro_batch_size": 1, "parallel": name.partition(",")[0]}
             content["sharding"][name] = launch(case | {"settings": settings}, number, arguments.tiny)
+            write(arguments.output, content)
     return content
+
+
+def write(output: Path, content: dict) -> None:
+    """Keeps what is measured so far, for a later case may fail."""
+    output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def launch(case: dict, number: int, on_cpu: bool) -> dict:

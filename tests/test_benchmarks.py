@@ -139,3 +139,56 @@ def test_parallel(monkeypatch, tmp_path, capsys):
         assert one["tokens_per_s"] == pytest.approx(4 * 64 / statistics.median(one["step_s"][2:]))
     printed = capsys.readouterr().out
     assert "attention_transfer" in printed and "fsdp" in printed
+
+
+def run_script(name, monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    monkeypatch.syspath_prepend(str(FOLDER))
+    runpy.run_path(str(FOLDER / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_fidelity(models, monkeypatch, capsys, tmp_path):
+    rows, output = tmp_path / "rows.yaml", tmp_path / "fidelity.json"
+    rows.write_text("default:\n  linear: {}\n  hybrid: {kernel.window: 4}\n")
+    settings = {
+        "data.sequence_length": 16,
+        "attention_transfer.steps": 2,
+        "logit_distillation.steps": 1,
+        "evaluation.sequences": 2,
+    }
+    arguments = ["--model", models / "teacher", "--recipe", "default", "--rows-file", rows, "--output", output]
+    arguments += ["--train", "sample", "--evaluate", "sample"]
+    for key, value in settings.items():
+        arguments += ["--set", f"{key}={value}"]
+    printed = run_script("fidelity.py", monkeypatch, capsys, *arguments)
+    results = json.loads(output.read_text())
+    assert [(result["name"], result["settings"]) for result in results] == [
+        ("linear", {}),
+        ("hybrid", {"kernel.window": 4}),
+    ]
+    table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
+    assert [line[0] for line in table] == ["model", "---", "teacher (softmax)", "linear", "hybrid"]
+    for result, line in zip(results, table[3:], strict=True):
+        found = {row["name"]: row["perplexity"] for row in result["metrics"]["rows"]}
+        assert float(line[2]) == pytest.approx(found["student"] / found["teacher"], abs=1e-3)
+        assert ("window only" in found) == (result["name"] == "hybrid")
+    again = run_script("fidelity.py", monkeypatch, capsys, *arguments)  # rows that are there are not run again
+    assert again == printed and json.loads(output.read_text()) == results
+    assert run_script("fidelity.py", monkeypatch, capsys, "--table", output) == printed
+    results[0] = {"name": "linear", "settings": {}, "error": "it diverged"}
+    output.write_text(json.dumps(results))
+    assert "| linear | it diverged |" in run_script("fidelity.py", monkeypatch, capsys, "--table", output)
+
+
+def test_throughput(monkeypatch, capsys, tmp_path):
+    output = tmp_path / "throughput.json"
+    arguments = ["--tiny", "--batch-size", 1, "--length", 8, "--steps", 1, "--output", output]
+    printed = run_script("throughput.py", monkeypatch, capsys, *arguments)
+    results = json.loads(output.read_text())
+    assert [result["decay"] for result in results] == [False, True]
+    for result in results:
+        assert [stage["name"] for stage in result["stages"]] == ["attention_transfer", "logit_distillation"]
+        for stage in result["stages"]:
+            assert stage["tokens_per_s"] == pytest.approx(8e3 / stage["ms"], rel=0.1)
+    assert "over the teacher's layers" in printed

@@ -1,4 +1,4 @@
-"""Constants that a kernel takes from data, measured once before training."""
+"""What kernels take from data before they are trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .stage import feature_maps
 
 @torch.no_grad()
 def measure_kernels(model: PreTrainedModel, sequences: torch.Tensor, accelerator: Accelerator) -> None:
-    """Fills every feature map's `statistic` from token sequences (B, T), with softmax attention between layers."""
+    """Calibrates feature maps to token sequences (B, T), with softmax attention between layers."""
     if not any(feature_map.measures for feature_map in feature_maps(model).values()):
         return
     # a module that several layers share is called several times
@@ -29,4 +29,4 @@ def measure_kernels(model: PreTrainedModel, sequences: torch.Tensor, accelerator
     with attention_function(model, attend), accelerator.autocast():
         run_base_model(model, sequences)
     for feature_map, values in found.items():
-        feature_map.statistic.copy_(torch.stack(values).mean(0))
+        feature_map.calibrate(torch.stack(values).mean(0))

@@ -9,7 +9,8 @@ from .baselines import (
     T2RFeatureMap,
 )
 from .configuration_flexformer import KernelSpec
-from .feature_maps import FeatureMap, HyperbolicFeatureMap, TrigonometricFeatureMap
+from .feature_maps import FeatureMap
+from .flexformer_maps import HyperbolicFeatureMap, TrigonometricFeatureMap
 from .random_features import (
     DarkformerFeatureMap,
     GeneralisedExponentialFeatureMap,

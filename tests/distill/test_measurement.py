@@ -35,3 +35,24 @@ def test_other_kernels_are_left_alone(monkeypatch):
     monkeypatch.setattr(type(model.base_model), "forward", lambda *args, **kwargs: 1 / 0)
     measure_kernels(model, sequences(), Accelerator(cpu=True))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("variant", ["stationary", "nonstationary"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_frequencies_fit_the_spread_of_queries_and_keys(variant, tied):
+    model = student("llama", variant=variant, tied=tied)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.self_attn.k_proj").weight *= 200
+    fine, spread = feature_maps(model).values()
+    before = [{name: p.clone() for name, p in each.named_parameters()} for each in (fine, spread)]
+    measure_kernels(model, sequences(), Accelerator(cpu=True))
+    for name, parameter in fine.named_parameters():
+        assert torch.equal(parameter, before[0][name]), name
+    for name, parameter in spread.named_parameters():
+        if name.endswith("w1"):
+            assert parameter.norm() < 0.5 * before[1][name].norm(), name
+        else:
+            assert torch.equal(parameter, before[1][name]), name
+    calls = [call for call in record_attention(model, AttentionCall.softmax, sequences()) if call.feature_map]
+    phases = spread.measure(calls[1].query, calls[1].key).sqrt()
+    torch.testing.assert_close(phases, torch.full_like(phases, 3.0))

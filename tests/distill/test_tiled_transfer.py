@@ -295,15 +295,17 @@ def test_inputs_have_no_gradient():
             tiled_rows(kernel("stationary", "hyperbolic").to(DEVICE), *tensors, scaling=SCALING)
 
 
-def test_operator_is_well_formed():
+@pytest.mark.parametrize("decays", [False, True])
+def test_operator_is_well_formed(decays):
     feature_map = GivenFeatures(5, signed=True, spread=1.0, window=2)
     query, key, value = inputs(5)
     features = feature_map.features(query, key)
+    decay = torch.full(features.key.shape[1::2], 0.2, device=DEVICE, requires_grad=True) if decays else None
     arguments = (
-        features.query.detach().requires_grad_(), features.key.detach().requires_grad_(), None,
+        features.query.detach().requires_grad_(), features.key.detach().requires_grad_(), decay,
         features.key_log_weight.detach().requires_grad_(), features.query_log_scale.detach().requires_grad_(),
         features.key_log_weight.detach(), features.key.detach().norm(dim=-1), query, key, value, None,
-        SCALING, 2, True, True, True,
+        SCALING, 2, True, not decays, True,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(tiled_transfer.transfer_op, arguments, test_utils=checks)

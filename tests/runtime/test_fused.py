@@ -232,11 +232,12 @@ def test_training_after_inference_mode():
     assert gradient.isfinite().all()
 
 
-def test_operators_fit_torch():
+@pytest.mark.parametrize("variant", ["nonstationary", "nonstationary+decay"])
+def test_operators_fit_torch(variant):
     """Schemas, fake kernels and autograd registration."""
     from flexdistill.runtime.fused import attention_op, decode_op
 
-    feature_map = kernel("nonstationary", "hyperbolic", key_heads="kv")
+    feature_map = kernel(variant, "hyperbolic", key_heads="kv")
     query, key, value = (x[:1].detach().requires_grad_() for x in query_key_value(20))
     spectrum = feature_map.spectrum()
     gate = torch.zeros(HEADS)
@@ -247,6 +248,7 @@ def test_operators_fit_torch():
         None,
         *spectrum.query,
         *spectrum.key,
+        spectrum.decay,
         gate,
         *(None,) * 5,
         True,
@@ -260,8 +262,24 @@ def test_operators_fit_torch():
     torch.library.opcheck(attention_op, arguments, test_utils=checks)
     *_, values, norms, maximum = attention_op(*arguments)
     token = [x[:, :, :1].detach() for x in (query, key, value)]
-    maps = [x if x is None else x.detach() for x in (*spectrum.query, *spectrum.key)]
+    maps = [x if x is None else x.detach() for x in (*spectrum.query, *spectrum.key, spectrum.decay)]
     torch.library.opcheck(decode_op, (*token, None, *maps, values, norms, maximum, 1.0), test_utils=checks)
+
+
+@pytest.mark.parametrize("variant", ["nonstationary", "nonstationary+decay"])
+def test_activation_checkpointing(variant):
+    """It gives saved tensors out once, and computes the forward pass anew."""
+    feature_map = kernel(variant, "hyperbolic")
+    inputs = query_key_value(20)
+    leaves = [*inputs, *feature_map.parameters()]
+
+    def function(*inputs):
+        return attend(feature_map, *inputs, scaling=SCALING, keep_memory=False)[0].square().sum()
+
+    expected = torch.autograd.grad(function(*inputs), leaves)
+    loss = torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_compiles_without_graph_breaks():

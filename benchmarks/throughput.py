@@ -1,0 +1,126 @@
+"""What a training step costs beside a forward pass of the teacher's layers on the same tokens, and where its time goes.
+
+python benchmarks/throughput.py --output throughput.json     # SmolLM2's shape, random weights, one GPU
+python benchmarks/throughput.py --tiny --output throughput.json     # a tiny model on CPU: does it run at all
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flexdistill.attention_modes import softmax_mode
+from flexdistill.conversion import apply_plan, make_plan
+from flexdistill.devices import make_accelerator
+from flexdistill.pipeline import STAGES
+from flexdistill.recipe import Recipe
+from flexdistill.tables import print_table
+
+SHAPE = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
+SHAPE |= dict(num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True)
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+TINY |= dict(num_key_value_heads=2, vocab_size=512)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on CPU")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after three that are not")
+    parser.add_argument("--kernels", type=int, default=20, help="rows of the profile")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    results = [measure(arguments, decay) for decay in (False, True)]
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    for result in results:
+        for stage in result["stages"]:
+            print(f"\ndecay {result['decay']}, {stage['name']}: {stage['launches']} launches, ms on the device:")
+            print_table(["kernel", "ms", "times"], stage["profile"])
+    columns = ["decay", "stage", "ms per step", "tokens/s", "over the teacher's layers", "ms on the device"]
+    print_table(
+        columns,
+        [
+            [result["decay"], *(stage[name] for name in ("name", "ms", "tokens_per_s", "ratio", "device_ms"))]
+            for result in results
+            for stage in result["stages"]
+        ],
+    )
+
+
+def measure(arguments: argparse.Namespace, decay: bool) -> dict:
+    torch.manual_seed(0)
+    recipe = Recipe.load("smollm2").override(
+        {"kernel.decay": decay} | ({"precision": "fp32"} if arguments.tiny else {})
+    )
+    accelerator = make_accelerator(recipe.precision)
+    model = LlamaForCausalLM(LlamaConfig(**(TINY if arguments.tiny else SHAPE)))
+    student = apply_plan(model, make_plan(model, recipe.kernel)).to(accelerator.device)
+    size = (arguments.batch_size, arguments.length)
+    tokens = torch.randint(0, model.config.vocab_size, size, device=accelerator.device)
+
+    def forward():
+        with torch.no_grad(), accelerator.autocast(), softmax_mode(student):
+            student.base_model(input_ids=tokens)
+
+    teacher_ms = median_ms(forward, arguments.steps)
+    result = {"decay": decay, "batch": size, "torch": torch.__version__, "teacher_ms": teacher_ms, "stages": []}
+    result["device"] = torch.cuda.get_device_name() if tokens.is_cuda else "cpu"
+    for name, kind in STAGES.items():
+        stage = kind(student, getattr(recipe, name), accelerator)
+
+        def step(stage=stage):
+            stage.optimizer.zero_grad(set_to_none=True)
+            stage.backward(tokens)
+            for group in stage.clip_groups:
+                torch.nn.utils.clip_grad_norm_(group, 1.0)
+            stage.optimizer.step()
+
+        with stage.active():
+            ms = median_ms(step, arguments.steps)
+            with profile(activities=[ProfilerActivity.CUDA] if tokens.is_cuda else [ProfilerActivity.CPU]) as found:
+                step()
+                synchronize()
+        result["stages"].append(
+            {"name": name, "ms": round(ms, 1), "tokens_per_s": round(1e3 * tokens.numel() / ms)}
+            | {"ratio": round(ms / teacher_ms, 2)}
+            | summary(found, arguments.kernels)
+        )
+    return result
+
+
+def median_ms(function, steps: int) -> float:
+    times = []
+    for _ in range(3 + steps):
+        synchronize()
+        started = time.perf_counter()
+        function()
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times[3:])
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def summary(found: profile, count: int) -> dict:
+    """Time on the device, launches, and the kernels that take most of it."""
+    kernels = sorted(
+        (e for e in found.key_averages() if e.self_device_time_total), key=lambda e: -e.self_device_time_total
+    )
+    return {
+        "device_ms": round(sum(e.self_device_time_total for e in kernels) / 1e3, 1),
+        "launches": sum(e.count for e in kernels),
+        "profile": [[e.key[:80], round(e.self_device_time_total / 1e3, 2), e.count] for e in kernels[:count]],
+    }
+
+
+if __name__ == "__main__":
+    main()
