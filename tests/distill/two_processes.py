@@ -64,7 +64,7 @@ def limit_memory(stage, most: int) -> list[int]:
 
 
 def sharded(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Parameters after a distillation that is sharded, stopped, and gone on with from its checkpoint; the llama validated."""
+    """Parameters after a distillation that is sharded, stopped, and gone on with from its checkpoint."""
     settings = {"train": "full", "learning_rate": 1e-3, "label_weight": 0.2, "micro_batch_size": 1, "batch_size": 4}
     settings |= {"parallel": "fsdp", "gradient_checkpointing": name == "llama"}
     settings |= FURTHER[name]
