@@ -8,7 +8,8 @@ stands in the results.
 
 import models
 
-from flexdistill.data import pack, read_documents
+from flexdistill.data import read_documents
+from flexdistill.packing import pack
 from flexdistill.positions import perplexity_by_position
 from flexdistill.recipe import EvaluationRecipe
 from flexdistill.tables import positions_table, print_table

@@ -17,11 +17,13 @@ import torch
 from accelerate.utils import set_seed
 
 from flexdistill.conversion import apply_plan, make_plan
-from flexdistill.data import pack, read_documents, train_order
+from flexdistill.data import read_documents
 from flexdistill.devices import make_accelerator
 from flexdistill.distill.attention_transfer import AttentionTransfer
 from flexdistill.distill.loop import run_stage
 from flexdistill.distill.stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
+from flexdistill.distill.throughput import kernel_flops, softmax_flops, weight_flops
+from flexdistill.packing import pack, train_order
 from flexdistill.recipe import AttentionTransferRecipe, DataRecipe, KernelRecipe, LogitDistillationRecipe
 from flexdistill.sources import load_model, load_tokenizer, resolve_model
 
@@ -57,6 +59,10 @@ class EmbeddingDistillation:
         loss = (1 - torch.cosine_similarity(embed(self.student, sequences), expected)).sum()
         loss.backward()
         return StepLosses(loss.detach(), torch.tensor(float(len(sequences))))
+
+    def flops_per_token(self, length: int) -> float:
+        weights = weight_flops(self.student)
+        return 4 * weights + softmax_flops(self.student, length) + 3 * kernel_flops(self.student)
 
     def blame(self, sequences: torch.Tensor) -> str:
         return first_non_finite_module(self.student, lambda: embed(self.student, sequences))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import compare, convert, evaluate, plan
+    from .api import compare, convert, evaluate, init, plan, train
     from .errors import FlexdistillError, LostProcessError, NonFiniteLossError, RunInterrupted
     from .hub import push
     from .recipe import Recipe
@@ -24,7 +24,9 @@ _PUBLIC = {
     "compare": ".api",
     "convert": ".api",
     "evaluate": ".api",
+    "init": ".api",
     "plan": ".api",
+    "train": ".api",
     "push": ".hub",
     "Recipe": ".recipe",
     "FlexdistillError": ".errors",
@@ -41,8 +43,10 @@ __all__ = [
     "compare",
     "convert",
     "evaluate",
+    "init",
     "plan",
     "push",
+    "train",
 ]
 
 

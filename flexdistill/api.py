@@ -10,9 +10,11 @@ from .comparison import Variant
 from .comparison import compare as run_comparison
 from .conversion import Plan, make_plan
 from .evaluation import evaluate_checkpoint
+from .initialisation import initialise
 from .pipeline import convert as run_conversion
 from .recipe import Recipe
 from .sources import load_model, resolve_model
+from .training import train as run_training
 
 
 def convert(
@@ -90,6 +92,33 @@ def evaluate(directory: str | Path, *, teacher: str, data: str, **settings: Any)
     dotted = {f"evaluation.{name}": value for name, value in settings.items()}
     recipe = Recipe().override({"evaluation.source": str(data)} | dotted)
     return evaluate_checkpoint(directory, teacher, recipe.evaluation)
+
+
+def init(
+    config: str,
+    output: str | Path,
+    *,
+    tokenizer: str | None = None,
+    recipe: Recipe | str | Path = "default",
+    overwrite: bool = False,
+    **settings: Any,
+) -> Plan:
+    """Writes an untrained Flexformer model of a configuration; as `initialisation.initialise` says."""
+    resolved = _with_settings(recipe, config, settings)
+    return initialise(config, output, resolved, tokenizer=tokenizer, overwrite=overwrite)
+
+
+def train(
+    model: str,
+    output: str | Path,
+    *,
+    recipe: Recipe | str | Path = "default",
+    overwrite: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> dict:
+    """Trains a Flexformer model on text alone; arguments as in `convert`, returns what `training.train` does."""
+    return run_training(_with_settings(recipe, model, settings), output, overwrite=overwrite, resume=resume)
 
 
 def plan(model: str, *, recipe: Recipe | str | Path = "default", **settings: Any) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,6 +55,21 @@ class AttentionCall:
     def visible(self) -> torch.Tensor | None:
         """bool (B, T), False at padding; None if all keys are visible."""
         return visible_keys(self.mask, self.key.shape[-2])
+
+    def documents(self) -> list[list[AttentionCall]]:
+        """This call itself as [[self]]; where rows hold sequences end to end, a plain call per row and sequence."""
+        packed = isinstance(self.mask, LazyMask) and not self.mask.is_plain
+        boundaries = self.mask.boundaries() if packed else None
+        if boundaries is None:
+            return [[self]]
+        parts = (self.query, self.key, self.value)
+        return [
+            [
+                AttentionCall(self.module, *(x[row : row + 1, :, start:end] for x in parts), None, self.arguments)
+                for start, end in pairwise(ends)
+            ]
+            for row, ends in enumerate(boundaries)
+        ]
 
     def softmax(self) -> torch.Tensor:
         """The model's own attention output, (B, T, H, D)."""
@@ -148,12 +164,17 @@ def in_converted_modules(ablation: Callable[[AttentionCall], torch.Tensor]) -> C
     return lambda call: call.softmax() if call.feature_map is None else ablation(call)
 
 
-def run_base_model(model: PreTrainedModel, sequences: torch.Tensor, cache: Cache | None = None) -> ModelOutput:
-    """The base model's output for token sequences (B, T), whole or what follows on those that `cache` has seen."""
+def run_base_model(
+    model: PreTrainedModel, sequences: torch.Tensor, cache: Cache | None = None, **settings: Any
+) -> ModelOutput:
+    """The base model's output for token sequences (B, T), whole or what follows on those that `cache` has seen.
+
+    Further settings such as `output_hidden_states` are passed on.
+    """
     arguments = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     if cache is not None:
         arguments = {"use_cache": True, "past_key_values": cache}
-    return getattr(model, BASE_FORWARD, model.base_model)(input_ids=sequences, **arguments)
+    return getattr(model, BASE_FORWARD, model.base_model)(input_ids=sequences, **arguments, **settings)
 
 
 def record_attention(

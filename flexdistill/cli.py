@@ -40,19 +40,23 @@ from .cli_options import (
     SequenceLength,
     Settings,
     Tied,
+    Trackers,
     Train,
     TrustRemoteCode,
     Variant,
     Window,
     default_output,
     integers,
+    is_launched,
     make_recipe,
     option,
     source_settings,
     training_option,
 )
-from .cli_output import is_main_process, print_json, show_metrics, show_plan, show_positions
+from .cli_output import print_json, show_metrics, show_plan, show_positions
+from .cli_scratch import init, train
 from .errors import FlexdistillError, RunInterrupted
+from .progress import is_main_process
 
 app = typer.Typer(
     help="Converts pretrained Hugging Face transformers to Flexformer linear attention.",
@@ -108,6 +112,7 @@ def convert(
     eval_data: EvalData = None,
     seed: Seed = None,
     precision: Precision = None,
+    trackers: Trackers = None,
     settings: Settings = None,
     output: Annotated[Path | None, option(help="Folder of the result; else NAME-flexformer.")] = None,
     overwrite: Overwrite = False,
@@ -128,11 +133,8 @@ def convert(
     if dry_run:
         show_plan(resolved, as_json)
         return
-    if num_processes is not None:
-        from .launcher import launch
-
-        if launch(num_processes):
-            return
+    if is_launched(num_processes):
+        return
     from .pipeline import convert as run
 
     output = output or default_output(model)
@@ -145,6 +147,10 @@ def convert(
     show_metrics(metrics, model, as_json)
     if pushes:
         print(f"Pushed to {hub.push(output, push_to_hub, private=private)}", file=sys.stderr)
+
+
+app.command()(init)
+app.command()(train)
 
 
 @app.command()

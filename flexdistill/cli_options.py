@@ -25,7 +25,7 @@ _KERNEL = (
     "keep_layers",
     "keep_softmax",
 )
-_STAGES = ("attention_transfer", "logit_distillation")
+_STAGES = ("attention_transfer", "logit_distillation", "label_training")
 RECIPE_SETTINGS = {
     **{name: [f"kernel.{name}"] for name in _KERNEL},
     **{name: [f"{stage}.{name}" for stage in _STAGES] for name in ("batch_size", "micro_batch_size", "max_memory")},
@@ -34,6 +34,8 @@ RECIPE_SETTINGS = {
     "attention_steps": ["attention_transfer.steps"],
     "logit_steps": ["logit_distillation.steps"],
     **{name: [f"logit_distillation.{name}"] for name in ("train", "parallel", "gradient_checkpointing")},
+    "label_steps": ["label_training.steps"],
+    "trackers": ["tracking.trackers"],
 }
 
 SOURCE_HELP = "A file or folder of text, `sample`, or a `datasets` name as NAME[:CONFIG[:SPLIT[:COLUMN]]]."
@@ -72,7 +74,7 @@ KeepSoftmax = Annotated[int | None, kernel_option(help="Of these, layers that st
 Data = Annotated[str | None, training_option(metavar="SOURCE", help=SOURCE_HELP)]
 SequenceLength = Annotated[int | None, training_option(help="Tokens per sequence.")]
 AttentionSteps = Annotated[int | None, training_option(help="Steps of attention transfer.")]
-BatchSize = Annotated[int | None, training_option(help="Sequences per step, in both stages.")]
+BatchSize = Annotated[int | None, training_option(help="Sequences per step, in all stages.")]
 MicroBatchSize = Annotated[int | None, training_option(help="Sequences per forward pass.")]
 Train = Annotated[str | None, training_option(metavar="full|lora|kernels", help="What is trained besides.")]
 EvalData = Annotated[str | None, training_option(metavar="SOURCE", help="As --data; else held out of it.")]
@@ -84,6 +86,7 @@ GradientCheckpointing = Annotated[
 ]
 MaxMemory = Annotated[str | None, training_option(metavar="20GiB", help="Picks --micro-batch-size by a GPU's memory.")]
 NumProcesses = Annotated[int | None, training_option(metavar="N", help="Processes to launch, one per GPU.")]
+Trackers = Annotated[str | None, training_option(metavar="NAMES", help="tensorboard, trackio, wandb, beside the logs.")]
 Settings = Annotated[
     list[str] | None, option("--set", metavar="KEY=VALUE", help="Any other setting of the recipe; repeatable.")
 ]
@@ -105,6 +108,15 @@ def make_recipe(options: dict[str, Any]) -> Any:
     for assignment in options.get("settings") or []:
         settings.update([_parse_assignment(assignment)])
     return Recipe.load(options.get("recipe", "default")).override(settings)
+
+
+def is_launched(num_processes: int | None) -> bool:
+    """Whether this command line ran in processes of its own, which have ended."""
+    if num_processes is None:
+        return False
+    from .launcher import launch
+
+    return launch(num_processes)
 
 
 def source_settings(section: str, source: str) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
+
+from .progress import is_main_process
 
 
 def show_plan(recipe: Any, as_json: bool) -> None:
@@ -43,7 +44,3 @@ def show_positions(spans: dict[str, list[dict]], as_json: bool) -> None:
 def print_json(value: Any) -> None:
     if is_main_process():
         print(json.dumps(value, indent=2))
-
-
-def is_main_process() -> bool:
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"

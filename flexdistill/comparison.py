@@ -24,10 +24,10 @@ from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
 from .export import export
 from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
-from .pipeline import STAGES, plan_facts, run_facts, run_stages
-from .recipe import KernelRecipe, Recipe
+from .pipeline import plan_facts, run_facts, run_stages
+from .recipe import STAGES, KernelRecipe, Recipe
 from .report import has_matplotlib, plot_comparison
-from .runs import check_output
+from .runs import INDECISIVE, check_output
 from .storage import write_json
 from .tables import comparison_table, markdown_table
 
@@ -36,7 +36,7 @@ Variant = str | dict[str, Any]
 RESULTS, TABLE = "compare.json", "compare.md"
 # what all entries of a comparison share, whatever a variant says
 _SHARED = {
-    f"{stage}.{name}" for stage in ("attention_transfer", "logit_distillation") for name in ("steps", "batch_size")
+    f"{stage}.{name}" for stage in STAGES for name in ("steps", "batch_size", "sequence_length", "validation_every")
 }
 
 
@@ -82,7 +82,7 @@ def compare(
         FlexdistillError: if anything about the input does not fit; then nothing on disk has changed.
     """
     output = Path(output).expanduser().resolve()
-    inputs = (recipe.model, recipe.data.source, recipe.evaluation.source)
+    inputs = (recipe.model, *(text.source for text in recipe.data.texts), recipe.evaluation.source)
     check_output(output, overwrite=overwrite or resume, resume=resume, inputs=inputs)
     entries = make_entries(recipe if budget is None else recipe.with_budget(budget), variants, windows)
     with disk_errors(output):
@@ -109,7 +109,7 @@ def _compare(
     plans = {entry.name: make_plan(teacher, entry.recipe.kernel) for entry in entries}
     for entry in entries:
         check_lengths(entry.recipe)
-        check_trainable(entry.recipe, plans[entry.name])
+        check_trainable(entry.recipe, plans[entry.name], teacher)
     # one that chooses layers holds out text for it, and then all do
     choosing = max((entry.recipe for entry in entries), key=lambda recipe: recipe.kernel.keep_softmax)
     sequences = load_sequences(choosing, teacher, tokenizer)
@@ -126,7 +126,7 @@ def _compare(
     comparison = {
         "model": source.name,
         "budget_tokens": budget,
-        "evaluated_on": recipe.evaluation.source or f"{recipe.data.source} (held out)",
+        "evaluated_on": recipe.evaluation.source or f"{recipe.data.name} (held out)",
     }
     results = dict(kept)
     for entry in entries:
@@ -176,7 +176,7 @@ def _run(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    steps = recipe.attention_transfer.steps + recipe.logit_distillation.steps
+    steps = sum(stage.steps for stage in recipe.stages.values())
     pauses = {"pause_every": -(-steps // points), "at_pause": evaluate} if points else {}
     result = {"model": recipe.model, "kernel": recipe.kernel.model_dump()}
     try:
@@ -256,7 +256,12 @@ def _folder(name: str) -> str:
 
 def _key(entry: Entry, inputs: dict[str, str], points: int, export_models: bool) -> str:
     """A hash of all that decides an entry's result."""
-    decisive = [entry.recipe.model_dump(exclude={"model", "checkpoint"}), inputs, points, export_models]
+    decisive = [
+        entry.recipe.model_dump(exclude=INDECISIVE | {"model": True}),
+        inputs,
+        points,
+        export_models,
+    ]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

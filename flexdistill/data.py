@@ -1,4 +1,4 @@
-"""Text to packed token sequences: documents from a file, a folder or a dataset, cut into rows of equal length."""
+"""Documents from a file, a folder or a dataset."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import io
 import json
 import lzma
 import zlib
-from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
 from .errors import FlexdistillError
+from .storage import sha256_of_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from .recipe import DataRecipe, EvaluationRecipe
 
 SAMPLE = Path(__file__).parent / "samples" / "middlemarch.txt.xz"
@@ -30,7 +26,6 @@ _KINDS = {
     ".parquet": "parquet",
 }
 _COMPRESSIONS = (".xz", ".gz", ".zst")
-_PIECE_CHARACTERS = 1_000_000
 
 
 def read_documents(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
@@ -61,81 +56,26 @@ def read_documents(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
     return _with_text((document for file in files for document in _read_file(file, column)), section.source)
 
 
-def pack(
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    max_sequences: int | None = None,
-) -> torch.Tensor:
-    """Tokenises documents and cuts their token stream into consecutive rows; the remainder is dropped.
-
-    One end-of-text token stands between two documents and no other special token is added, so a single document gives
-    exactly its own tokens. Documents above a million characters are tokenised in pieces that end at a newline.
-
-    Args:
-        documents: read no further than `max_sequences` rows need.
-        tokenizer: its eos token, else its sep token, separates documents.
-        sequence_length: tokens T per row.
-        max_sequences: rows at most; None for all.
-
-    Returns:
-        Token ids, (N, T) int64.
+def text_identity(section: DataRecipe | EvaluationRecipe) -> list:
+    """What names the documents of a section by their content, ready for JSON; the files of local text are read for it.
 
     Raises:
-        FlexdistillError: if the text is shorter than one row, or a second document finds no separator token.
+        FlexdistillError: as `read_documents` does.
     """
-    limit = None if max_sequences is None else max_sequences * sequence_length
-    stream = array("q")
-    for piece in _token_pieces(documents, tokenizer):
-        stream.extend(piece)
-        if limit is not None and len(stream) >= limit:
-            break
-    count = len(stream) // sequence_length
-    if count == 0:
-        raise FlexdistillError(
-            f"The text has {len(stream)} tokens and one sequence needs {sequence_length}; "
-            "give more text or a smaller sequence_length."
-        )
-    if max_sequences is not None:
-        count = min(count, max_sequences)
-    return torch.tensor(stream[: count * sequence_length], dtype=torch.int64).view(count, sequence_length)
+    files = _local_files(section.source)
+    if files is not None:
+        return [[_kind(file), file.suffix if _is_compressed(file) else "", _sha256(file)] for file in files]
+    with _dataset_errors(section):
+        from datasets import load_dataset_builder
+
+        builder = load_dataset_builder(section.source, section.config)
+    # `datasets` names its own cache by configuration, data files, version and revision
+    return ["dataset", section.source, section.split, *Path(builder.cache_dir).parts[-3:]]
 
 
-def split_held_out(sequences: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Holds out the first rows, which are the same however much text a run trains on.
-
-    Args:
-        sequences: (N, T).
-        count: rows to hold out.
-
-    Returns:
-        Training rows, (N - count, T), and held-out rows, (count, T); both are views.
-
-    Raises:
-        FlexdistillError: if no row would be left to train on.
-    """
-    kept = len(sequences) - count
-    if kept < 1:
-        raise FlexdistillError(
-            f"The text gives {len(sequences)} sequences and {count} are held out, which leaves none to train on; "
-            "give more text or a smaller evaluation.sequences."
-        )
-    return sequences[count:], sequences[:count]
-
-
-def train_order(num_sequences: int, steps: int, batch_size: int, seed: int) -> torch.Tensor:
-    """Decides which rows each step trains on: every epoch is a new shuffle, and none repeats a row.
-
-    The order is a pure function whose beginning does not depend on `steps`, so that a resumed run indexes into it.
-
-    Returns:
-        Row indices, (steps, batch_size) int64.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * batch_size // num_sequences)
-    shuffles = [torch.randperm(num_sequences, generator=generator) for _ in range(epochs)]
-    order = torch.cat([torch.empty(0, dtype=torch.int64), *shuffles])
-    return order[: steps * batch_size].view(steps, batch_size)
+def _sha256(file: Path) -> str:
+    with _explained(file):
+        return sha256_of_file(file)
 
 
 def _local_files(source: str) -> list[Path] | None:
@@ -228,12 +168,18 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 def _read_dataset(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
     column = section.column or "text"
-    try:
+    with _dataset_errors(section):
         from datasets import load_dataset
 
         rows = load_dataset(section.source, section.config, split=section.split or "train", streaming=True)
         for row in rows:
             yield _text_of(row, column, f"Dataset {section.source!r}")
+
+
+@contextmanager
+def _dataset_errors(section: DataRecipe | EvaluationRecipe) -> Iterator[None]:
+    try:
+        yield
     except FlexdistillError:
         raise
     except Exception as error:  # `datasets` lets errors of any network and file library through
@@ -283,30 +229,3 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".:") or type(error).__name__
-
-
-def _token_pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    for index, document in enumerate(documents):
-        if index > 0 and separator is None:
-            raise FlexdistillError(
-                "The tokenizer has neither an eos nor a sep token to put between documents; join the text in one file "
-                "or set one in its tokenizer_config.json."
-            )
-        if index > 0:
-            yield [separator]
-        for piece in _pieces(document):
-            # verbose: a document is longer than the model's context on purpose
-            yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _pieces(document: str) -> Iterator[str]:
-    """Cuts a long document after the last newline of each million characters."""
-    start = 0
-    while len(document) - start > _PIECE_CHARACTERS:
-        end = document.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
-        if end <= start:
-            end = document.find("\n", start + _PIECE_CHARACTERS) + 1 or len(document)
-        yield document[start:end]
-        start = end
-    yield document[start:]

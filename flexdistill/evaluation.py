@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .attention_modes import (
     softmax_mode,
 )
 from .conversion import check_sequence_length
-from .data import pack, read_documents
+from .data import read_documents
 from .devices import make_accelerator
 from .distill.attention_transfer import softmax_weights
 from .distill.heads import SplitModel
@@ -26,6 +27,7 @@ from .distill.logits import next_tokens, positions_per_piece
 from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement
+from .packing import pack
 from .progress import progress_bars_on_terminals_only
 from .recipe import EvaluationRecipe
 from .runtime import modeling_flexformer
@@ -88,6 +90,19 @@ def student_row(
     """The student's row of `compare_models` alone, for the course of a training."""
     modes = {TEACHER: (teacher, lambda: softmax_mode(teacher)), STUDENT: (student, contextlib.nullcontext)}
     return _evaluate(modes, sequences, batch_size, accelerator)[0][1]
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int, accelerator: Accelerator) -> float:
+    """A causal model's perplexity on token sequences (N, T), shared out over the processes."""
+    split, sums = SplitModel(model), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    with accelerator.autocast():
+        for batch in sequences.split(batch_size)[accelerator.process_index :: accelerator.num_processes]:
+            batch = batch.to(accelerator.device)
+            hidden = split.hidden(batch).flatten(0, 1)
+            sums += _token_sums(split, hidden, split, hidden, batch)[:2]
+    total, count = accelerator.reduce(sums, reduction="sum").tolist()
+    return math.exp(total / count)
 
 
 def _evaluate(modes: dict, sequences: torch.Tensor, batch_size: int, accelerator: Accelerator) -> tuple[list, float]:

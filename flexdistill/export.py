@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,27 +37,35 @@ def export(
     metrics: dict,
     logs: list[Path],
     work: Path,
+    card: Callable[[PreTrainedModel, ModelSource, Recipe, dict], str] | None = None,
 ) -> None:
     """Writes everything aside in `work`, checks that it reloads to the same logits, and only then puts it in place.
 
-    `metrics` gains `reload_max_logit_difference`.
+    `metrics` gains `reload_max_logit_difference`. Another `card` than `model_card` is for what is no conversion.
 
     Raises:
         FlexdistillError: if the disk is full or not writable, or the reloaded model differs.
     """
-    aside = work / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with written_aside(output, work) as aside:
         with progress_bars_on_terminals_only():
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
             metrics["reload_max_logit_difference"] = _reload_difference(model, aside)
         (aside / "recipe.yaml").write_text(recipe.to_yaml())
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        (aside / "README.md").write_text(model_card(model, source, recipe, metrics))
+        (aside / "README.md").write_text((card or model_card)(model, source, recipe, metrics))
         for log in logs:
             shutil.copyfile(log, aside / log.name)
+
+
+@contextlib.contextmanager
+def written_aside(output: Path, work: Path) -> Iterator[Path]:
+    """A folder in `work` to write to, which takes the place of `output` once the context ends without an error."""
+    aside = work / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
         _put_in_place(aside, output, work / REPLACED)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -63,7 +73,6 @@ def export(
 
 def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metrics: dict) -> str:
     """The README.md of an exported model."""
-    auto = type(model)._auto_class
     kernel = recipe.kernel
     training_s = sum(stage["elapsed_s"] for stage in metrics["stages"])
     paper = next(iter(feature_maps(model).values())).paper
@@ -92,25 +101,61 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
             f"Trained on {metrics['tokens']:,} tokens in {training_s:.0f} s.",
             "",
-            "## Use",
-            "",
-            "```python",
-            f"from transformers import {auto}, AutoTokenizer",
-            "",
-            "# `import flexdistill` beforehand makes trust_remote_code unnecessary",
-            'name = "path/to/this/folder"  # or the name of its repository on the Hub',
-            f"model = {auto}.from_pretrained(name, trust_remote_code=True)",
-            "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
-            "```",
-            "",
-            "## Recipe",
-            "",
-            "```yaml",
-            recipe.to_yaml().rstrip(),
-            "```",
-            "",
+            *_use(model),
+            *_recipe(recipe),
         ]
     )
+
+
+def trained_model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metrics: dict) -> str:
+    """The README.md of a model that was trained on labels alone."""
+    data = ModelCardData(
+        datasets=sorted(set(filter(None, (dataset_name(text.source) for text in recipe.data.texts)))) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*MODEL_TAGS, "flexdistill"],
+    )
+    kernel = next(iter(model.config.kernel_specs.values()))
+    name = " ".join(filter(None, (kernel.variant, kernel.component, kernel.matrix)))
+    return "\n".join(
+        [
+            "---",
+            data.to_yaml(),
+            "---",
+            "",
+            f"# {Path(source.name).name}, trained",
+            "",
+            f"`{source.name}`, a model with linear attention (kernel {name}), trained by flexdistill to predict the",
+            f"next token on {metrics['tokens']:,} tokens of `{recipe.data.name}`.",
+            "",
+            f"Perplexity on {metrics['evaluated_tokens']:,} tokens of `{_evaluated_on(recipe)}`: "
+            f"{metrics['perplexity']:.2f}, before training {metrics['perplexity_before']:.2f}.",
+            "",
+            *_use(model),
+            *_recipe(recipe),
+        ]
+    )
+
+
+def _use(model: PreTrainedModel) -> list[str]:
+    auto = type(model)._auto_class
+    return [
+        "## Use",
+        "",
+        "```python",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        "# `import flexdistill` beforehand makes trust_remote_code unnecessary",
+        'name = "path/to/this/folder"  # or the name of its repository on the Hub',
+        f"model = {auto}.from_pretrained(name, trust_remote_code=True)",
+        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+        "```",
+        "",
+    ]
+
+
+def _recipe(recipe: Recipe) -> list[str]:
+    return ["## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
 
 
 def _front_matter(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metrics: dict) -> ModelCardData:
@@ -118,8 +163,8 @@ def _front_matter(model: PreTrainedModel, source: ModelSource, recipe: Recipe, m
     # the licence of the base model binds its conversion too, and only its owner can state it
     licence = (base.license, base.license_name) if base.license else ("other", "same-as-base-model")
     task = "text-generation" if model.can_generate() else "fill-mask"
-    text = recipe.evaluation if recipe.evaluation.source else recipe.data
-    sources = [section.source for section in (recipe.data, recipe.evaluation) if section.source]
+    text = recipe.evaluation if recipe.evaluation.source else recipe.data.texts[0]
+    sources = [text.source for text in (*recipe.data.texts, recipe.evaluation) if text.source]
     student = metrics["student"]
     figures = {
         "perplexity": ("Perplexity", student["perplexity"]),
@@ -159,7 +204,7 @@ def _title(source: ModelSource) -> str:
 
 
 def _evaluated_on(recipe: Recipe) -> str:
-    return recipe.evaluation.source or f"{recipe.data.source} (held out)"
+    return recipe.evaluation.source or f"{recipe.data.name} (held out)"
 
 
 def _kept_softmax(kl_gains: dict[str, float]) -> list[str]:

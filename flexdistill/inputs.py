@@ -10,12 +10,18 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import Plan, check_sequence_length
-from .data import pack, read_documents, split_held_out
+from .data import read_documents
+from .distill.documents import DocumentMasks
+from .distill.embeddings import has_tied_embeddings
 from .distill.heads import SplitModel
+from .distill.labels import LabelTraining
 from .distill.memory import checkpointed_layers
 from .errors import FlexdistillError
-from .recipe import Recipe
+from .mixture import TokenRows, turns_of
+from .packing import cut, pack, separator_of, split_held_out
+from .recipe import STAGES, Recipe
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
+from .token_cache import cache_folder, read_tokens
 
 # enough to tell layers apart: the same tokens are compared with each of them
 SELECTION_SEQUENCES = 8
@@ -23,11 +29,14 @@ SELECTION_SEQUENCES = 8
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token ids of a run, int64."""
+    """Token ids of a run."""
 
-    training: torch.Tensor  # (N, T)
+    training: TokenRows  # (N, T)
     evaluation: torch.Tensor  # (M, T')
     selection: torch.Tensor  # (S, T): training text that is held out to choose layers on
+    validation: torch.Tensor  # (V, T): held out where a stage validates
+    labels: TokenRows | None  # (L, T''): for label training, cut from what follows the other stages' rows
+    separator: int | None  # the token that ends a document
 
 
 def load_source(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase, PreTrainedModel]:
@@ -44,13 +53,14 @@ def load_source(recipe: Recipe) -> tuple[ModelSource, PreTrainedTokenizerBase, P
 
 def check_lengths(recipe: Recipe) -> None:
     """Raises FlexdistillError if the window covers the training sequences, or they go beyond the kernel's horizon."""
-    kernel, length = recipe.kernel, recipe.data.sequence_length
+    kernel, lengths = recipe.kernel, [recipe.sequence_length(stage) for stage in STAGES]
+    length = min(lengths)
     if kernel.window >= length:
         raise FlexdistillError(
             f"A window of {kernel.window} tokens covers sequences of {length}, so the kernel would never be used; set "
             "a smaller --window or a larger --sequence-length."
         )
-    longest = max(length, recipe.evaluation.sequence_length or 0)
+    longest = max(recipe.evaluation.sequence_length or 0, *lengths)
     if kernel.horizon is not None and longest > kernel.horizon:
         raise FlexdistillError(
             f"Sequences of {longest} tokens are longer than the kernel's horizon of {kernel.horizon}; set a larger "
@@ -62,13 +72,15 @@ def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerat
     """Raises FlexdistillError if the recipe asks for what the devices of the run or the model's class cannot do."""
     logits, processes = recipe.logit_distillation, accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
-    if not on_gpu and (logits.max_memory or recipe.attention_transfer.max_memory):
+    if not on_gpu and any(stage.max_memory for stage in recipe.stages.values()):
         raise FlexdistillError(
             "--max-memory measures a GPU's memory and there is none; set --micro-batch-size instead."
         )
+    if not logits.steps:
+        return
     if not on_gpu and logits.cpu_offload:
         raise FlexdistillError("cpu_offload moves weights off a GPU and there is none; remove it.")
-    if logits.steps and (logits.gradient_checkpointing or logits.parallel == "fsdp"):
+    if logits.gradient_checkpointing or logits.parallel == "fsdp":
         checkpointed_layers(model)
     if logits.parallel != "fsdp":
         return
@@ -79,15 +91,41 @@ def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerat
             f"--parallel fsdp needs as many sequences in each of the {processes} processes, and batches have "
             f"{logits.batch_size}; set a --batch-size that is a multiple of {processes}."
         )
+    if logits.validation_every and recipe.data.validation_sequences % processes:
+        raise FlexdistillError(
+            f"--parallel fsdp needs as many sequences in each of the {processes} processes, and validation has "
+            f"{recipe.data.validation_sequences}; set data.validation_sequences to a multiple of {processes}."
+        )
 
 
-def check_trainable(recipe: Recipe, plan: Plan) -> None:
-    """Raises FlexdistillError if the kernels alone are to be trained and have no parameters."""
-    logits = recipe.logit_distillation
+def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
+    """Raises FlexdistillError if a stage or setting has nothing to work on in this model.
+
+    That is: kernels alone where they have no parameters, labels where the next token is not predicted, tied embeddings
+    where there are none or they are not trained.
+    """
+    logits, labels = recipe.logit_distillation, recipe.label_training
     if not plan.parameters and logits.steps and logits.train == "kernels":
         raise FlexdistillError(
             f"Variant {recipe.kernel.variant!r} has no parameters, so train: kernels has nothing to train; set "
             "logit_distillation.train to full or lora, or its steps to 0."
+        )
+    if labels.steps and not all(module.causal for module in plan.converted):
+        raise FlexdistillError(
+            f"{type(model).__name__} does not predict the next token, so there are no labels to learn; "
+            "set label_training.steps to 0."
+        )
+    if recipe.tied_embeddings == "tied":
+        return
+    if not has_tied_embeddings(model):
+        raise FlexdistillError(
+            f"{type(model).__name__} has no output embeddings that are tied to its input embeddings; leave "
+            "tied_embeddings out."
+        )
+    if not labels.steps and not (logits.steps and logits.train == "full"):
+        raise FlexdistillError(
+            "No stage trains the embeddings, so untying them would change nothing; leave tied_embeddings out, or set "
+            "logit_distillation.train to full."
         )
 
 
@@ -95,27 +133,62 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequenc
     """Reads no more text than the run needs."""
     data, evaluation = recipe.data, recipe.evaluation
     length = evaluation.sequence_length or data.sequence_length
-    for checked in (data.sequence_length, length):
+    for checked in (length, *map(recipe.sequence_length, STAGES)):
         check_sequence_length(model, checked)
     if evaluation.source is None and length != data.sequence_length:
         raise FlexdistillError(
             "evaluation.sequence_length differs from data.sequence_length, but held-out sequences are cut like the "
             "training data; set evaluation.source, or remove evaluation.sequence_length."
         )
-    needed = sum(stage.steps * stage.batch_size for stage in (recipe.attention_transfer, recipe.logit_distillation))
-    evaluated = evaluation.sequences if evaluation.source is None else 0
-    held_out = evaluated + (SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0)
-    rows = pack(read_documents(data), tokenizer, data.sequence_length, max(needed, 1) + held_out)
-    training, rows = split_held_out(rows, held_out)
-    selection = rows[evaluated:]
+    separator = separator_of(tokenizer)
+    if data.document_masks:
+        DocumentMasks(model, separator).remove()  # a model that cannot is told before it is trained
+    sizes = [
+        evaluation.sequences if evaluation.source is None else 0,
+        SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0,
+        data.validation_sequences if any(stage.validation_every for stage in recipe.stages.values()) else 0,
+    ]
+    training, rows, labels = _read_mixture(recipe, tokenizer, sum(sizes))
+    held_out, selection, validation = rows.split(sizes)
+    if recipe.label_training.validation_every and recipe.label_training.steps:
+        cut(validation.flatten(), recipe.sequence_length(LabelTraining.name))  # too few are told before training
     if evaluation.source is not None:
-        return Sequences(training, pack(read_documents(evaluation), tokenizer, length, evaluation.sequences), selection)
-    return Sequences(training, rows[:evaluated], selection)
+        held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
+    return Sequences(training, held_out, selection, validation, labels, separator)
+
+
+def _read_mixture(recipe: Recipe, tokenizer, held_out: int) -> tuple[TokenRows, torch.Tensor, TokenRows | None]:
+    """Rows to train on; held-out rows (held_out, T), the first of each text; and rows for label training.
+
+    The latter follow the others in the text, or begin where training does if too little follows.
+    """
+    data, weights = recipe.data, tuple(text.weight for text in recipe.data.texts)
+    folder = cache_folder(data.cache)
+    length, label_length = data.sequence_length, recipe.sequence_length(LabelTraining.name)
+    sizes = {name: stage.steps * stage.batch_size for name, stage in recipe.stages.items()}
+    label_rows = sizes.pop(LabelTraining.name, 0)
+    counts = (max(sum(sizes.values()), 1), held_out, label_rows)
+    kept, held, labels = [], [], []
+    for text, *turns in zip(data.texts, *(turns_of(weights, count) for count in counts), strict=True):
+        trained, held_back, label_count = turns
+        trained = max(trained, 1)
+        needed = (trained + held_back) * length + label_count * label_length
+        stream = read_tokens(text, tokenizer, needed, folder)
+        training, first = split_held_out(cut(stream, length, trained + held_back), held_back)
+        kept.append(training)
+        held.append(first)
+        if label_rows:
+            begin = (trained + held_back if len(stream) >= needed else held_back) * length
+            labels.append(cut(stream[begin:], label_length, max(label_count, 1)))
+    held_out_rows = TokenRows(tuple(held), weights).in_turn()
+    return TokenRows(tuple(kept), weights), held_out_rows, TokenRows(tuple(labels), weights) if label_rows else None
 
 
 def input_hashes(model: PreTrainedModel, sequences: Sequences) -> dict[str, str]:
     """SHA-256 of all that a run reads, by what it is."""
-    data = {"training": sequences.training, "selection": sequences.selection}
+    data = {f"training {index}": text for index, text in enumerate(sequences.training.texts)}
+    data |= {"selection": sequences.selection, "validation": sequences.validation}
+    data |= {f"labels {index}": text for index, text in enumerate(sequences.labels.texts if sequences.labels else ())}
     inputs = {"model": model.state_dict(), "data": data, "evaluation data": {"": sequences.evaluation}}
     return {name: _sha256(tensors) for name, tensors in inputs.items()}
 

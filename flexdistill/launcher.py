@@ -13,9 +13,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-from .cli_output import is_main_process
 from .distill.interruption import SIGNALS
 from .errors import FlexdistillError, LostProcessError
+from .progress import is_main_process
 
 _OPTION = "--num-processes"
 # set for the processes whose errors the launcher prints

@@ -6,6 +6,7 @@ micro-batches and processes adds up to the same total.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,23 @@ def relative_output_error(teacher: torch.Tensor, student: torch.Tensor, visible:
     scale = (teacher.square().mean((1, 3)) * weight).sum(-1)
     tokens = weight.sum(-1)
     return (error / scale.clamp_min(torch.finfo(scale.dtype).tiny) * tokens).sum(), tokens.sum()
+
+
+def hidden_state_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> Loss:
+    """Squared error of hidden states over the teacher's mean square at the same position, the mean over layers.
+
+    Args:
+        student, teacher: (B, T, E) of any dtype after each layer; computed in float32.
+
+    Returns:
+        sum over positions, and their number.
+    """
+    rows = sum(
+        (ours.float() - theirs.float()).square().mean(-1)
+        / theirs.float().square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        for ours, theirs in zip(student, teacher, strict=True)
+    ) / len(student)
+    return rows.sum(), rows.new_tensor(rows.numel())
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0) -> Loss:

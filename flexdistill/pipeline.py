@@ -5,6 +5,8 @@ recipe -> teacher -> plan -> converted student -> attention transfer -> logit di
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -17,10 +19,13 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_softmax
-from .data import train_order
 from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
+from .distill.averaging import use_final_weights
 from .distill.checkpoints import Checkpoint, Checkpoints
+from .distill.documents import DocumentMasks
+from .distill.embeddings import retie, untie
+from .distill.labels import LabelTraining
 from .distill.layer_selection import choose_layers
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
@@ -29,13 +34,16 @@ from .distill.stage import kernel_parameters
 from .evaluation import compare_models
 from .export import export
 from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
+from .mixture import TokenRows
+from .packing import cut
 from .progress import stage_progress
-from .recipe import Recipe, StageRecipe
+from .recipe import STAGES, Recipe, StageRecipe
 from .runs import Run, open_run, read_json
 from .sources import load_model
 from .storage import write_json
+from .tracking import Track, check_trackers, tracking
 
-STAGES = {"attention_transfer": AttentionTransfer, "logit_distillation": LogitDistillation}
+STAGE_CLASSES = dict(zip(STAGES, (AttentionTransfer, LogitDistillation, LabelTraining), strict=True))
 # sequences that kernels take their constants from
 MEASURED_SEQUENCES = 8
 
@@ -55,13 +63,14 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
         RunInterrupted: on SIGTERM or SIGINT, after the step under way and its checkpoint.
     """
     output = Path(output).expanduser().resolve()
-    inputs = (recipe.model, recipe.data.source, recipe.evaluation.source)
+    inputs = (recipe.model, *(text.source for text in recipe.data.texts), recipe.evaluation.source)
     with open_run(output, overwrite=overwrite, resume=resume, inputs=inputs) as run:
         return _convert(recipe, run)
 
 
 def _convert(recipe: Recipe, run: Run) -> dict:
     started = time.perf_counter()
+    check_trackers(recipe.tracking)
     recipe = recipe.model_copy(update={"kernel": resolve_kernel(recipe.kernel)})
     accelerator = make_accelerator(recipe.precision, cpu_offload=recipe.logit_distillation.cpu_offload)
     set_seed(recipe.seed)
@@ -69,16 +78,18 @@ def _convert(recipe: Recipe, run: Run) -> dict:
     source, tokenizer, model = load_source(recipe)
     plan = make_plan(model, recipe.kernel)
     check_devices(recipe, model, accelerator)
-    check_trainable(recipe, plan)
+    check_trainable(recipe, plan, model)
     check_lengths(recipe)
     sequences = load_sequences(recipe, model, tokenizer)
 
     checkpoints, checkpoint = run.begin(recipe, input_hashes(model, sequences), accelerator)
     student = apply_plan(model, plan).to(accelerator.device)
-    stages = run_stages(recipe, student, sequences, accelerator, run.work, checkpoints, checkpoint)
+    with tracking(recipe, accelerator) as track:
+        stages = run_stages(recipe, student, sequences, accelerator, run.work, checkpoints, checkpoint, track=track)
 
     teacher = student
-    if recipe.logit_distillation.steps and recipe.logit_distillation.train != "kernels":
+    logits = recipe.logit_distillation
+    if (logits.steps and logits.train != "kernels") or recipe.label_training.steps:
         teacher = load_model(source, trust_remote_code=recipe.trust_remote_code).to(accelerator.device)
     metrics = {"model": source.name, "kernel": recipe.kernel.model_dump()} | plan_facts(plan, student)
     metrics |= compare_models(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
@@ -99,6 +110,7 @@ def run_stages(
     checkpoints: Checkpoints | None = None,
     checkpoint: Checkpoint | None = None,
     *,
+    track: Track = lambda figures, step: None,
     pause_every: int = 0,
     at_pause: Callable[[int], None] = lambda tokens: None,
 ) -> list[dict]:
@@ -108,6 +120,7 @@ def run_stages(
 
     Args:
         work: folder of the logs and summaries.
+        track: called with the figures of each log entry, named STAGE/FIGURE, and the step counted over all stages.
         pause_every: steps between pauses, outside of which a stage holds the model; 0: no pauses.
         at_pause: called with the number of tokens trained on, before the first step, at each pause and after the last
             step of each stage; its time does not count as training.
@@ -115,10 +128,10 @@ def run_stages(
     Returns:
         the stages' summaries.
     """
-    recipes: dict[str, StageRecipe] = {name: getattr(recipe, name) for name in STAGES}
-    recipes = {name: stage for name, stage in recipes.items() if stage.steps}
-    training = sequences.training
-    order = _orders(recipes, len(training), recipe.seed)
+    recipes, training = recipe.stages, sequences.training
+    order = _orders(recipes, sequences, recipe.seed)
+    tied = untie(student) if recipe.tied_embeddings != "tied" else {}
+    masks = DocumentMasks(student, sequences.separator) if recipe.data.document_masks else None
     measure_kernels(student, training[:MEASURED_SEQUENCES].to(accelerator.device), accelerator)
     if "attention_transfer" in recipes and not kernel_parameters(student):
         del recipes["attention_transfer"]
@@ -132,9 +145,9 @@ def run_stages(
     if pause_every:
         at_pause(0)
     for number, name in enumerate(STAGES):
-        if STAGES[name] is LogitDistillation and recipe.kernel.keep_softmax:
+        if STAGE_CLASSES[name] is LogitDistillation and recipe.kernel.keep_softmax:
             chosen = work / "kept_softmax.json"
-            if number == reached:
+            if number <= reached:
                 kl_gains = read_json(chosen)
             else:
                 kl_gains = choose_layers(
@@ -149,41 +162,74 @@ def run_stages(
         if number < reached:
             summaries.append(read_json(summary))
             continue
-        stage = STAGES[name](student, recipes[name], accelerator)
+        stage = STAGE_CLASSES[name](student, recipes[name], accelerator)
+        rows, validation = _rows_of(name, recipe, sequences)
         start_step = 0
         if number == reached:
             checkpoint.load(stage)
             start_step = checkpoint.step
+        steps_before = sum(recipes[earlier].steps for earlier in STAGES[:number] if earlier in recipes)
         tokens_before = sum(summary["tokens"] for summary in summaries)
         with stage_progress(name, recipes[name].steps, start_step, enabled=accelerator.is_main_process) as update:
             for start, stop in _spans(start_step, recipes[name].steps, pause_every):
-                result = run_stage(
-                    stage,
-                    recipes[name],
-                    training,
-                    order[name],
-                    accelerator,
-                    start_step=start,
-                    stop_step=stop,
-                    checkpoints=checkpoints,
-                    checkpoint_number=number,
-                    log_file=work / f"{name}.jsonl",
-                    update=update,
-                )
+                with masks.active() if masks else contextlib.nullcontext():
+                    result = run_stage(
+                        stage,
+                        recipes[name],
+                        rows,
+                        order[name],
+                        accelerator,
+                        validation=validation,
+                        start_step=start,
+                        stop_step=stop,
+                        checkpoints=checkpoints,
+                        checkpoint_number=number,
+                        log_file=work / f"{name}.jsonl",
+                        update=update,
+                        track=functools.partial(_track, track, name, steps_before),
+                    )
+                if result["steps"] <= start:  # a validation has ended the stage before
+                    break
                 if pause_every:
-                    at_pause(tokens_before + stop * recipes[name].batch_size * training.shape[1])
+                    at_pause(tokens_before + result["tokens"])
+        use_final_weights(stage.optimizer)
         stage.finish()
         summaries.append(result)
         if accelerator.is_main_process:
             write_json(summary, result)
+    if masks:
+        masks.remove()
+    if recipe.tied_embeddings == "retied":
+        retie(student, tied)
     return summaries
 
 
-def _orders(stages: dict[str, StageRecipe], num_sequences: int, seed: int) -> dict[str, torch.Tensor]:
-    """Which rows each stage's steps train on: one order cut in two, so stages share an epoch before any row repeats."""
-    sizes = [stage.steps * stage.batch_size for stage in stages.values()]
-    parts = train_order(num_sequences, 1, sum(sizes), seed)[0].split(sizes) if stages else ()
-    return {name: part.view(-1, stages[name].batch_size) for name, part in zip(stages, parts, strict=True)}
+def _track(track: Track, stage: str, steps_before: int, entry: dict) -> None:
+    figures = {f"{stage}/{name}": value for name, value in entry.items() if name != "step"}
+    track(figures, steps_before + entry["step"])
+
+
+def _rows_of(stage: str, recipe: Recipe, sequences: Sequences) -> tuple[TokenRows, torch.Tensor]:
+    """What a stage trains and validates on, in sequences of its length."""
+    if stage != LabelTraining.name:
+        return sequences.training, sequences.validation
+    validates = recipe.label_training.validation_every
+    length = recipe.sequence_length(stage)
+    return sequences.labels, cut(sequences.validation.flatten(), length) if validates else sequences.validation
+
+
+def _orders(stages: dict[str, StageRecipe], sequences: Sequences, seed: int) -> dict[str, torch.Tensor]:
+    """Which rows each stage's steps train on, those of `_rows_of`.
+
+    Stages that share rows cut one order into parts, so that they share an epoch before any row repeats.
+    """
+    sizes = {name: stage.steps * stage.batch_size for name, stage in stages.items()}
+    labels = sizes.pop(LabelTraining.name, 0)
+    order = sequences.training.order(sum(sizes.values()), seed)
+    parts = dict(zip(sizes, order.split(list(sizes.values())) if sizes else (), strict=True))
+    if labels:
+        parts[LabelTraining.name] = sequences.labels.order(labels, seed)
+    return {name: part.view(-1, stages[name].batch_size) for name, part in parts.items()}
 
 
 def _spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:

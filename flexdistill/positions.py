@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from transformers import DynamicCache, PreTrainedModel
 
 from .conversion import check_sequence_length
-from .data import pack, read_documents
+from .data import read_documents
 from .devices import make_accelerator
 from .distill.heads import SplitModel
 from .distill.logits import positions_per_piece
 from .evaluation import check_same_model, load_converted
 from .losses import label_rows
+from .packing import pack
 from .recipe import EvaluationRecipe
 from .sources import load_model, load_tokenizer, resolve_model
 

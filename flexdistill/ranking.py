@@ -36,7 +36,8 @@ def rank_layers(recipe: Recipe) -> dict:
     sequences = load_sequences(choosing, model, tokenizer)
     student = apply_plan(model, plan).to(accelerator.device)
     with tempfile.TemporaryDirectory() as work:
-        all_linear = recipe.override({"kernel.keep_softmax": 0, "logit_distillation.steps": 0})
+        later = {"logit_distillation.steps": 0, "label_training.steps": 0}
+        all_linear = recipe.override({"kernel.keep_softmax": 0} | later)
         run_stages(all_linear, student, sequences, accelerator, Path(work))
     arguments = (sequences.selection, recipe.evaluation.batch_size, accelerator)
     names = [module.name for module in plan.converted]

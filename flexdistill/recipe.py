@@ -5,21 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, model_validator
 
 from .errors import FlexdistillError
+from .recipe_sections import (
+    CheckpointRecipe,
+    DataRecipe,
+    EvaluationRecipe,
+    KernelRecipe,
+    Section,
+    TextRecipe,
+    TrackingRecipe,
+)
 
 _PACKAGE = Path(__file__).parent
 # the wheel carries recipes/ inside the package; a checkout keeps it at the top level
@@ -32,72 +32,8 @@ RECIPES_FOLDER = next(
 Bytes = Annotated[int, BeforeValidator(lambda value: int(TypeAdapter(ByteSize).validate_python(value)))]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
-
-
-class KernelRecipe(_Section):
-    """Which kernel replaces softmax attention."""
-
-    variant: str = Field("nonstationary", description="registered kernel; `flexdistill variants` lists them")
-    component: str | None = Field(None, description="component function; None: the variant's first, if it has any")
-    matrix: str | None = Field(None, description="frequencies of Spectraformer's grid; None: fastfood_learnable")
-    features: int | None = Field(
-        None, ge=1, description="frequencies per head; the map has twice as many features; None: head size"
-    )
-    horizon: int | None = Field(
-        None, ge=1, description="tokens after which cosFormer's kernel ends; None: the model's positions"
-    )
-    decay: bool | None = Field(
-        None,
-        description="features of causal layers forget at learned rates; None: only where the variant's default says so",
-    )
-    tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
-    key_heads: Literal["query", "kv"] = Field(
-        "query", description="a key map and a state per query head, or per KV head"
-    )
-    window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
-    layers: str = Field("all", description="layers to convert: all, indices such as 0-5,9, every:4, or name patterns")
-    keep_layers: str | None = Field(None, description="layers that stay softmax, written as `layers`")
-    keep_softmax: int = Field(
-        0, ge=0, description="of these, layers that stay softmax, chosen by their KL gain after attention transfer"
-    )
-
-
-class DataRecipe(_Section):
-    """Text to train on, cut into sequences of equal length in an order fixed by the seed."""
-
-    source: str = Field(
-        "Salesforce/wikitext",
-        description="file or folder of text, jsonl or parquet (also .xz .gz .zst), a `datasets` name, or `sample`",
-    )
-    config: str | None = Field(None, description="configuration of a `datasets` name")
-    split: str | None = Field(None, description="split of a `datasets` name; None: train")
-    column: str | None = Field(None, description="column that holds the text; None: text")
-    sequence_length: int = Field(512, ge=2, description="tokens per sequence")
-
-
-class EvaluationRecipe(_Section):
-    """What teacher and student are compared on."""
-
-    source: str | None = Field(None, description="as data.source; None: sequences held out from the training data")
-    config: str | None = None
-    split: str | None = None
-    column: str | None = None
-    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
-    sequences: int = Field(48, ge=1, description="sequences evaluated, taken in order")
-    batch_size: int = Field(8, ge=1, description="sequences per forward pass")
-
-    @model_validator(mode="after")
-    def _used_settings_only(self):
-        given = next((name for name in ("config", "split", "column") if getattr(self, name) is not None), None)
-        if self.source is None and given is not None:
-            raise ValueError(f"{given} is set but source is not, so it would be ignored; set source or remove {given}")
-        return self
-
-
-class StageRecipe(_Section):
-    """What both training stages have in common."""
+class StageRecipe(Section):
+    """What all training stages have in common."""
 
     steps: int = Field(ge=0, description="optimiser steps; 0 skips the stage")
     batch_size: int = Field(8, ge=1, description="sequences per optimiser step, over all processes")
@@ -107,12 +43,29 @@ class StageRecipe(_Section):
     max_memory: Bytes | None = Field(
         None, gt=0, description="bytes of a GPU, such as 20GiB, that micro-batches are made to fit; None: no trial"
     )
+    optimizer: Literal["adam", "adamw"]
     learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="what follows the warm-up")
     warmup_steps: int = Field(ge=0)
     final_learning_rate_ratio: float = Field(
-        0.05, ge=0, le=1, description="where the cosine ends, as a share of learning_rate"
+        0.05, ge=0, le=1, description="where cosine and linear schedules end, as a share of learning_rate"
     )
     clip_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="the stage ends with an exponential average of its weights; None: with the last"
+    )
+    validation_every: int = Field(0, ge=0, description="steps between losses on held-out sequences; 0: never")
+    patience: int | None = Field(
+        None, ge=1, description="validations without a new best after which the stage ends, with its best weights"
+    )
+
+    @model_validator(mode="after")
+    def _used_stage_settings_only(self):
+        if self.schedule == "constant" and "final_learning_rate_ratio" in self.model_fields_set:
+            raise ValueError("final_learning_rate_ratio is ignored with schedule: constant; remove it")
+        if self.patience is not None and not self.validation_every:
+            raise ValueError("patience is ignored without validation; set validation_every or remove patience")
+        return self
 
     @model_validator(mode="after")
     def _one_micro_batch_size(self):
@@ -125,6 +78,7 @@ class AttentionTransferRecipe(StageRecipe):
     """Stage 1: each kernel learns the softmax attention of its own layer; the model is frozen."""
 
     steps: int = Field(260, ge=0)
+    optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = Field(5e-3, gt=0)
     warmup_steps: int = Field(30, ge=0)
     cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy between attention rows")
@@ -134,7 +88,7 @@ class AttentionTransferRecipe(StageRecipe):
     )
 
 
-class LoraRecipe(_Section):
+class LoraRecipe(Section):
     """Adapters of `train: lora`, merged into the weights before export."""
 
     rank: int = Field(8, ge=1)
@@ -142,17 +96,36 @@ class LoraRecipe(_Section):
     target_modules: str | list[str] = "all-linear"
 
 
-class LogitDistillationRecipe(StageRecipe):
+class ModelStageRecipe(StageRecipe):
+    """What the stages that train more than kernels have in common."""
+
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0, description="for the model's weights or adapters")
+    norm_learning_rate: float | None = Field(None, gt=0, description="for the weights of norms; None: learning_rate")
+    kernel_learning_rate: float = Field(1e-3, gt=0, description="for the kernels")
+    weight_decay: float = Field(
+        0.0, ge=0, description="of the weights, not of kernels and norms; only with optimizer: adamw"
+    )
+    warmup_steps: int = Field(20, ge=0)
+
+    @model_validator(mode="after")
+    def _used_optimizer_settings_only(self):
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError("weight_decay is ignored with optimizer: adam; set optimizer: adamw or remove it")
+        return self
+
+
+class LogitDistillationRecipe(ModelStageRecipe):
     """Stage 2: the converted model learns the teacher's distribution over the next token."""
 
     steps: int = Field(150, ge=0)
-    learning_rate: float = Field(1e-4, gt=0, description="for the model's weights or adapters")
-    kernel_learning_rate: float = Field(1e-3, gt=0, description="for the kernels")
-    warmup_steps: int = Field(20, ge=0)
     train: Literal["full", "lora", "kernels"] = Field("full", description="what is trained beside the kernels")
     temperature: float = Field(1.0, gt=0)
     label_weight: float = Field(
         0.0, ge=0, le=1, description="share of the label loss; the rest is the KL to the teacher"
+    )
+    hidden_state_weight: float = Field(
+        0.0, ge=0, description="weight of the relative error of each layer's hidden states, added to the loss"
     )
     lora: LoraRecipe | None = Field(None, description="only with train: lora")
     parallel: Literal["ddp", "fsdp"] = Field(
@@ -169,24 +142,36 @@ class LogitDistillationRecipe(StageRecipe):
             raise ValueError(
                 f"lora is set but train is {self.train!r}, which would ignore it; set train: lora or remove lora"
             )
-        if self.train == "kernels" and "learning_rate" in self.model_fields_set:
-            raise ValueError("learning_rate is ignored with train: kernels; set kernel_learning_rate instead")
         if self.parallel == "fsdp" and self.train != "full":
             raise ValueError(f"parallel: fsdp shards what train: full trains, and train is {self.train!r}; set ddp")
         if self.cpu_offload and self.parallel != "fsdp":
             raise ValueError("cpu_offload is ignored with parallel: ddp; set parallel: fsdp or remove cpu_offload")
+        for name in _IGNORED_BY_TRAIN[self.train]:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} is ignored with train: {self.train}; set kernel_learning_rate or remove it")
         return self
 
 
-class CheckpointRecipe(_Section):
-    """Where an interrupted run goes on."""
+# what means nothing where only adapters or kernels are trained
+_IGNORED_BY_TRAIN = {
+    "full": (),
+    "lora": ("norm_learning_rate",),
+    "kernels": ("learning_rate", "norm_learning_rate", "weight_decay"),
+}
 
-    every_steps: int | None = Field(100, ge=1, description="None: not by steps")
-    every_minutes: float | None = Field(None, gt=0, description="whichever comes first; None: not by time")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+class LabelTrainingRecipe(ModelStageRecipe):
+    """Stage 3, or training from scratch: all weights learn the next token of the text itself, without a teacher."""
+
+    steps: int = Field(0, ge=0)
+    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
 
 
-class Recipe(_Section):
+# in the order in which they run
+STAGES = ("attention_transfer", "logit_distillation", "label_training")
+
+
+class Recipe(Section):
     """Everything that decides the result of a conversion.
 
     Raises:
@@ -199,12 +184,17 @@ class Recipe(_Section):
         "auto", description="auto: bf16 on a GPU, fp32 on CPU; fp16: with a gradient scaler"
     )
     trust_remote_code: bool = Field(False, description="run code that the source model ships")
+    tied_embeddings: Literal["tied", "untied", "retied"] = Field(
+        "tied", description="untied: tied embeddings are trained and stay apart; retied: their mean is tied in the end"
+    )
     kernel: KernelRecipe = KernelRecipe()
     data: DataRecipe = DataRecipe()
     attention_transfer: AttentionTransferRecipe = AttentionTransferRecipe()
     logit_distillation: LogitDistillationRecipe = LogitDistillationRecipe()
+    label_training: LabelTrainingRecipe = LabelTrainingRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+    tracking: TrackingRecipe = TrackingRecipe()
 
     @classmethod
     def load(cls, name_or_file: str | Path) -> Recipe:
@@ -244,16 +234,25 @@ class Recipe(_Section):
             _forget_ignored(nested, key, settings)
         return self._checked(nested, "The settings")
 
+    @property
+    def stages(self) -> dict[str, StageRecipe]:
+        """The stages that have steps, by name and in order."""
+        stages = {name: getattr(self, name) for name in STAGES}
+        return {name: stage for name, stage in stages.items() if stage.steps}
+
+    def sequence_length(self, stage: str) -> int:
+        """Tokens per sequence of a stage."""
+        return getattr(getattr(self, stage), "sequence_length", None) or self.data.sequence_length
+
     def with_budget(self, tokens: int) -> Recipe:
         """A copy that trains on at most `tokens` tokens, shared out to the stages as this recipe's steps share them.
 
         Steps and warm-up scale alike; batches and sequences stay as long as they are.
         """
-        stages = {"attention_transfer": self.attention_transfer, "logit_distillation": self.logit_distillation}
-        stages = {name: stage for name, stage in stages.items() if stage.steps}
+        stages = self.stages
         if not stages:
             raise FlexdistillError("The recipe has no training steps, so a budget cannot be shared out; leave it out.")
-        planned = sum(stage.steps * stage.batch_size for stage in stages.values()) * self.data.sequence_length
+        planned = sum(s.steps * s.batch_size * self.sequence_length(name) for name, s in stages.items())
         least = -(-planned // min(stage.steps for stage in stages.values()))
         if tokens < least:
             raise FlexdistillError(
@@ -286,15 +285,20 @@ def shipped_recipes() -> list[str]:
 
 # setting -> the settings of its section that are about it, and whether they mean nothing once it has a new value
 _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
-    "data.source": (("config", "split", "column"), lambda source: True),
+    "data.source": (("config", "split", "column", "sources"), lambda source: True),
+    "data.sources": (tuple(TextRecipe.model_fields), lambda sources: sources is not None),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
     "kernel.variant": (("component", "matrix", "horizon", "tied", "decay"), lambda variant: True),
     **{
         f"{stage}.{name}": ((other,), lambda value: value is not None)
-        for stage in ("attention_transfer", "logit_distillation")
+        for stage in STAGES
         for name, other in (("max_memory", "micro_batch_size"), ("micro_batch_size", "max_memory"))
     },
-    "logit_distillation.train": (("learning_rate",), lambda train: train == "kernels"),
+    "logit_distillation.train": (_IGNORED_BY_TRAIN["kernels"], lambda train: train == "kernels"),
+    **{
+        f"{stage}.schedule": (("final_learning_rate_ratio",), lambda schedule: schedule == "constant")
+        for stage in STAGES
+    },
 }
 
 
@@ -307,8 +311,14 @@ def _forget_ignored(nested: dict[str, Any], key: str, settings: dict[str, Any]) 
 
 
 def _without_ignored(settings: dict[str, Any]) -> dict[str, Any]:
-    if settings["logit_distillation"]["train"] == "kernels":
-        del settings["logit_distillation"]["learning_rate"]
+    ignored = {"logit_distillation": [*_IGNORED_BY_TRAIN[settings["logit_distillation"]["train"]]]}
+    ignored["data"] = [] if settings["data"]["sources"] is None else [*TextRecipe.model_fields]
+    for stage in STAGES:
+        if settings[stage]["schedule"] == "constant":
+            ignored.setdefault(stage, []).append("final_learning_rate_ratio")
+    for section, names in ignored.items():
+        for name in names:
+            del settings[section][name]
     return settings
 
 
@@ -319,9 +329,15 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{'.'.join(location) or 'recipe'}: {message}."
     section: Any = Recipe
     for name in location[:-1]:
-        section = section.model_fields[name].annotation
-        section = LoraRecipe if name == "lora" else section
+        section = section if name.isdigit() else _section_of(section.model_fields[name].annotation)
     known = list(section.model_fields)
     close = difflib.get_close_matches(location[-1], known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."
     return f"unknown key {'.'.join(location)!r}; {hint}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, also where it may be None or is one of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_of, get_args(annotation))), None)

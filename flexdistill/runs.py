@@ -22,12 +22,12 @@ from .storage import write_json, write_whole
 # written last, so that a run that has it has all that --resume needs
 RECIPE = "recipe.yaml"
 _INPUTS, _LOCK = "inputs.json", "lock"
-# all that a run has written before that
-_BEGINNING = {_LOCK, _INPUTS, f"{_INPUTS}.writing", f"{RECIPE}.writing"}
 # settings that the result does not depend on
-INDECISIVE = {"checkpoint": True}
+INDECISIVE = {"checkpoint": True, "data": {"cache"}, "tracking": True}
 # the result while it is written, and the one that it replaces
 ASIDE, REPLACED = "export", "replaced"
+# all that a run has written before its recipe, and all that one without steps ever writes
+_BEGINNING = {_LOCK, _INPUTS, f"{_INPUTS}.writing", f"{RECIPE}.writing", ASIDE}
 
 
 class Run:
@@ -37,6 +37,17 @@ class Run:
         self.output, self.work = output, working_folder(output)
         self.interruption = Interruption(self.work / RECIPE)
         self._held, self._check, self._resume = held, check, resume
+
+    def take(self) -> None:
+        """Takes the folder for this process alone, which is all that a run needs that has no steps to go on from.
+
+        Raises:
+            FlexdistillError: if another process has the folder.
+        """
+        self._check()  # again: loading takes long, and another run may have begun or even ended
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(locked(self.work))
+        _put_back(self.work / REPLACED, self.output)
 
     def begin(
         self, recipe: Recipe, hashes: dict[str, str], accelerator: Accelerator
@@ -56,10 +67,7 @@ class Run:
             self._check_same(recipe, hashes)
         accelerator.wait_for_everyone()  # all have checked the output before it changes
         if accelerator.is_main_process:
-            self._check()  # again: loading takes long, and another run may have begun or even ended
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(locked(self.work))
-            _put_back(self.work / REPLACED, self.output)
+            self.take()
         settings = recipe.checkpoint
         checkpoints = Checkpoints(
             self.work,

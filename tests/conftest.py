@@ -24,6 +24,24 @@ def tiny_tokenizer():
     return tiny.tiny_tokenizer()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        _set_home(patch, tmp_path_factory)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_of_another_test(monkeypatch, tmp_path_factory):
+    _set_home(monkeypatch, tmp_path_factory)
+
+
+def _set_home(patch, tmp_path_factory):
+    home = str(tmp_path_factory.mktemp("home"))
+    patch.setenv("HF_HOME", home)
+    patch.setattr("huggingface_hub.constants.HF_HOME", home)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Runs the command line in an empty folder; gives its exit code, stdout and stderr."""

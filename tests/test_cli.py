@@ -323,6 +323,7 @@ def test_compare(run, models, tmp_path, monkeypatch):
     assert {entry["tokens"] for entry in comparison["results"]} == {64}
     assert comparison["budget_tokens"] == 96
     monkeypatch.setattr(report, "has_matplotlib", lambda: False)
+    arguments += ["--set", "data.cache=false"]  # which would be told
     again = run(*arguments, "--set", "evaluation.sequences=2", "--resume")
     assert "hedgehog, window 4: window only" in again.out
     assert again.err == "There are no plots, which need matplotlib: pip install 'flexdistill[plots]'.\n"

@@ -8,9 +8,10 @@ import pytest
 import torch
 import zstandard
 
-from flexdistill import data
-from flexdistill.data import SAMPLE, dataset_name, pack, read_documents, split_held_out, train_order
+from flexdistill import packing
+from flexdistill.data import SAMPLE, dataset_name, read_documents
 from flexdistill.errors import FlexdistillError
+from flexdistill.packing import pack, split_held_out, train_order
 from flexdistill.recipe import DataRecipe, EvaluationRecipe
 
 TEXT = "Miss Brooke had that kind of beauty.\nIt was hardly a year since.\n"
@@ -196,12 +197,12 @@ def test_long_document_is_tokenised_in_pieces(tiny_tokenizer, monkeypatch):
     whole = pack([TEXT * 20], tiny_tokenizer, 4)
     calls = []
 
-    def counting(text, **settings):
-        calls.append(text)
-        return tiny_tokenizer(text, **settings)
+    def counting(texts, **settings):
+        calls.extend(texts)
+        return tiny_tokenizer(texts, **settings)
 
     counting.eos_token_id = tiny_tokenizer.eos_token_id
-    monkeypatch.setattr(data, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(packing, "_PIECE_CHARACTERS", 100)
     assert torch.equal(pack([TEXT * 20], counting, 4), whole)
     assert "".join(calls) == TEXT * 20 and len(calls) > 10
     assert all(call.endswith("\n") and len(call) <= 100 for call in calls)

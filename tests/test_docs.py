@@ -32,6 +32,10 @@ SHORTER = {
         *("--set", "evaluation.sequences=2"),
     ],
     "--rank-layers": ["--attention-steps", "1", "--batch-size", "2", "--sequence-length", "80"],
+    "train": [
+        *("--steps", "1", "--batch-size", "2", "--sequence-length", "80", "--set", "evaluation.sequences=2"),
+        "--overwrite",
+    ],
     "evaluate": ["--sequence-length", "16", "--sequences", "2"],
 }
 

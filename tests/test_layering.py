@@ -20,14 +20,14 @@ RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
 # lower modules must not import higher ones
 LAYERS = [
     {"errors"},
-    {"recipe", "runtime", "progress", "losses", "storage"},
-    {"attention_modes", "data", "devices", "example_inputs", "sources", "tables"},
-    {"attention_search", "conversion", "distill", "self_test"},
+    {"recipe", "recipe_sections", "runtime", "progress", "losses", "storage"},
+    {"attention_modes", "data", "devices", "example_inputs", "packing", "sources", "tables"},
+    {"attention_search", "conversion", "distill", "mixture", "self_test", "token_cache", "tracking"},
     {"evaluation", "export", "hub", "inputs", "report", "report_figures", "runs", "scoring"},
-    {"generation", "pipeline", "positions", "recall"},
-    {"comparison", "ranking", "report_page"},
+    {"generation", "initialisation", "pipeline", "positions", "recall"},
+    {"comparison", "ranking", "report_page", "training"},
     {"api"},
-    {"cli", "cli_options", "cli_output", "cli_reports", "doctor", "launcher"},
+    {"cli", "cli_options", "cli_output", "cli_reports", "cli_scratch", "doctor", "launcher"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -24,7 +24,7 @@ from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.evaluation import evaluate_checkpoint, load_converted
 from flexdistill.pipeline import convert
 from flexdistill.recipe import EvaluationRecipe, KernelRecipe, Recipe
-from tests.distill.stages import teacher
+from tests.distill.stages import log_entries, teacher
 from tests.tiny import save_tiny
 
 MAKERS = {"llama": lambda: teacher("llama"), "bert": lambda: teacher("bert")}
@@ -42,22 +42,23 @@ def sources(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
+SHORT = {
+    "data.sequence_length": 32,
+    "evaluation.sequences": 4,
+    "evaluation.batch_size": 3,
+    "attention_transfer.steps": 4,
+    "attention_transfer.batch_size": 2,
+    "attention_transfer.warmup_steps": 1,
+    "logit_distillation.steps": 4,
+    "logit_distillation.batch_size": 2,
+    "logit_distillation.warmup_steps": 1,
+    "checkpoint.every_steps": 2,
+}
+
+
 def make_recipe(sources, name="llama", **settings):
-    base = {
-        "model": str(sources / name),
-        "data.source": str(sources / "text.txt"),
-        "data.sequence_length": 32,
-        "evaluation.sequences": 4,
-        "evaluation.batch_size": 3,
-        "attention_transfer.steps": 4,
-        "attention_transfer.batch_size": 2,
-        "attention_transfer.warmup_steps": 1,
-        "logit_distillation.steps": 4,
-        "logit_distillation.batch_size": 2,
-        "logit_distillation.warmup_steps": 1,
-        "checkpoint.every_steps": 2,
-    }
-    return Recipe().override(base | settings)
+    base = {"model": str(sources / name), "data.source": str(sources / "text.txt")}
+    return Recipe().override(base | SHORT | settings)
 
 
 def listing(folder):
@@ -329,10 +330,7 @@ def test_resume_is_the_uninterrupted_run(sources, tmp_path, interrupt, step, tra
     assert metrics["rows"] == expected["rows"] and metrics["attention_kl"] == expected["attention_kl"]
     assert listing(tmp_path / "resumed").keys() == listing(tmp_path / "whole").keys()
     for stage in ("attention_transfer", "logit_distillation"):
-        logs = [(tmp_path / folder / f"{stage}.jsonl").read_text() for folder in ("whole", "resumed")]
-        logs = [
-            [json.loads(line) | {"tokens_per_s": None, "elapsed_s": None} for line in log.splitlines()] for log in logs
-        ]
+        logs = [log_entries(tmp_path / folder / f"{stage}.jsonl") for folder in ("whole", "resumed")]
         assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
@@ -647,12 +645,52 @@ def test_layers_stay_softmax(sources, tmp_path, name, logit_steps):
 
 def test_layers_are_chosen_on_text_of_their_own(sources):
     source, tokenizer, model = inputs.load_source(make_recipe(sources))
-    sequences = inputs.load_sequences(make_recipe(sources, **{"kernel.keep_softmax": 1}), model, tokenizer)
-    rows = [{tuple(row) for row in part.tolist()} for part in vars(sequences).values()]
+
+    def read(**settings):
+        sequences = inputs.load_sequences(make_recipe(sources, **settings), model, tokenizer)
+        return [sequences.training[:], sequences.evaluation, sequences.selection]
+
+    parts = read(**{"kernel.keep_softmax": 1})
+    rows = [{tuple(row) for row in part.tolist()} for part in parts]
     assert [len(part) for part in rows] == [16, 4, inputs.SELECTION_SEQUENCES]
     assert len(set().union(*rows)) == sum(map(len, rows))
     text = {"evaluation.source": str(sources / "text.txt"), "evaluation.sequence_length": 24}
-    other = inputs.load_sequences(make_recipe(sources, **{"kernel.keep_softmax": 1} | text), model, tokenizer)
-    assert [len(part) for part in vars(other).values()] == [16, 4, inputs.SELECTION_SEQUENCES]
-    none = inputs.load_sequences(make_recipe(sources), model, tokenizer)
-    assert [len(part) for part in vars(none).values()] == [16, 4, 0]
+    assert [len(part) for part in read(**{"kernel.keep_softmax": 1} | text)] == [16, 4, inputs.SELECTION_SEQUENCES]
+    assert [len(part) for part in read()] == [16, 4, 0]
+
+
+def test_mixed_texts(sources, tmp_path):
+    numbers = tmp_path / "numbers.txt"
+    numbers.write_text("".join(f"{n} " for n in range(3000)))
+    mixed = [{"source": str(sources / "text.txt"), "weight": 3}, {"source": str(numbers)}]
+    settings = {"data.sources": mixed, "evaluation.sequences": 8, "attention_transfer.steps": 10}
+    recipe = Recipe().override({"model": str(sources / "llama")} | SHORT | settings)
+    source, tokenizer, model = inputs.load_source(recipe)
+    sequences = inputs.load_sequences(recipe, model, tokenizer)
+    assert [len(text) for text in sequences.training.texts] == [21, 7]
+
+    def is_numbers(rows):
+        return [text.replace(" ", "").isdigit() for text in tokenizer.batch_decode(rows)]
+
+    assert sum(is_numbers(sequences.evaluation)) == 2 and sum(is_numbers(sequences.training[:])) == 7
+    rows = torch.cat([sequences.training[:], sequences.evaluation])
+    assert len({tuple(row) for row in rows.tolist()}) == 28 + 8
+    metrics = convert(recipe, tmp_path / "out")
+    assert metrics["tokens"] == 28 * 32
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml").data.sources == recipe.data.sources
+    assert f"`{sources / 'text.txt'} + {numbers} (held out)`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_documents_are_kept_apart(sources, tmp_path):
+    """Training on documents laid end to end is training on each of them alone."""
+    rows = tmp_path / "rows.jsonl"
+    sentences = (sources / "text.txt").read_text().splitlines()
+    rows.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences))
+    settings = {"data.source": str(rows), "data.document_masks": True, "logit_distillation.train": "lora"}
+    apart = convert(make_recipe(sources, **settings), tmp_path / "apart")
+    across = convert(make_recipe(sources, **settings | {"data.document_masks": False}), tmp_path / "across")
+    for ours, theirs in zip(apart["stages"], across["stages"], strict=True):
+        assert ours["first_loss"] < theirs["first_loss"]  # shorter sequences have less to learn
+    with pytest.raises(FlexdistillError, match="BertForMaskedLM lets documents .* see each other"):
+        convert(make_recipe(sources, "bert", **settings), tmp_path / "bert")
+    assert not (tmp_path / "bert.partial").exists()

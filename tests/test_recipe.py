@@ -34,8 +34,18 @@ def test_yaml_round_trip(name, tmp_path):
     assert Recipe.load(file).model_dump() == recipe.model_dump()
 
 
-def test_yaml_round_trip_where_a_setting_would_be_ignored(tmp_path):
-    recipe = Recipe().override({"logit_distillation.train": "kernels"})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logit_distillation.train": "kernels"},
+        {"logit_distillation.train": "lora"},
+        {"attention_transfer.schedule": "constant", "logit_distillation.schedule": "constant"},
+        {"data.sources": [{"source": "a", "weight": 2}, {"source": "b", "column": "c"}]},
+    ],
+    ids=str,
+)
+def test_yaml_round_trip_where_a_setting_would_be_ignored(settings, tmp_path):
+    recipe = Recipe.load("smollm2").override(settings)
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     assert Recipe.load(file).model_dump() == recipe.model_dump()
@@ -63,6 +73,26 @@ def test_yaml_round_trip_where_a_setting_would_be_ignored(tmp_path):
         (
             {"logit_distillation.train": "kernels", "logit_distillation.learning_rate": 1e-3},
             "learning_rate is ignored with train: kernels",
+        ),
+        (
+            {"logit_distillation.train": "lora", "logit_distillation.norm_learning_rate": 1e-3},
+            "norm_learning_rate is ignored with train: lora",
+        ),
+        ({"data.sources": [{"source": "a"}], "data.column": "b"}, "column is set but sources would replace it"),
+        ({"data.sources": []}, "data.sources"),
+        ({"data.sources": [{"source": "a", "weight": 0}]}, "data.sources.0.weight"),
+        (
+            {"data.sources": [{"source": "a", "wieght": 2}]},
+            "unknown key 'data.sources.0.wieght'; did you mean 'weight'?",
+        ),
+        (
+            {"label_training.schedule": "constant", "label_training.final_learning_rate_ratio": 0.1},
+            "final_learning_rate_ratio is ignored with schedule: constant",
+        ),
+        ({"attention_transfer.patience": 2}, "patience is ignored without validation"),
+        (
+            {"logit_distillation.optimizer": "adam", "logit_distillation.weight_decay": 0.1},
+            "weight_decay is ignored with optimizer: adam",
         ),
     ],
 )
@@ -92,6 +122,16 @@ def test_override_leaves_the_original_alone():
     recipe = Recipe()
     changed = recipe.override({"kernel.window": 64})
     assert (recipe.kernel.window, changed.kernel.window) == (0, 64)
+
+
+def test_a_text_replaces_a_mixture_and_the_reverse():
+    mixture = [{"source": "a"}, {"source": "b", "weight": 3}]
+    recipe = Recipe.load("default").override({"data.sources": mixture})
+    assert [(text.source, text.weight) for text in recipe.data.texts] == [("a", 1), ("b", 3)]
+    assert recipe.data.name == "a + b"
+    single = recipe.override({"data.source": "c", "data.split": "test"})
+    assert single.data.sources is None
+    assert [(text.source, text.split, text.weight) for text in single.data.texts] == [("c", "test", 1)]
 
 
 def test_to_yaml_holds_every_setting():

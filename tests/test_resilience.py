@@ -34,6 +34,7 @@ KILLS = int(os.environ.get("FLEXDISTILL_KILLS", "6"))
 WRITING = "while a checkpoint was written"
 RECIPE = {
     "data.source": "text.txt",
+    "data.cache": False,  # which says when it is used
     "data.sequence_length": 16,
     "evaluation.sequences": 2,
     "attention_transfer.steps": 4,
@@ -400,8 +401,10 @@ def test_killed_between_the_old_result_and_the_new(run, folder, whole, monkeypat
         run(*CONVERT, "--overwrite")
     monkeypatch.setattr(export_module.os, "replace", replace)
     assert not (folder / "out").exists()
-    seen, load_source = [], pipeline.run_stages
-    monkeypatch.setattr(pipeline, "run_stages", lambda *args: seen.append(os.listdir("out")) or load_source(*args))
+    seen, run_stages = [], pipeline.run_stages
+    monkeypatch.setattr(
+        pipeline, "run_stages", lambda *args, **more: seen.append(os.listdir("out")) or run_stages(*args, **more)
+    )
     assert_resumes(run, folder, whole)
     assert seen == [["old.txt"]] and not (folder / "out" / "old.txt").exists()
 

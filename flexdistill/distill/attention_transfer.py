@@ -21,7 +21,9 @@ from ..losses import (
 )
 from ..recipe import AttentionTransferRecipe
 from ..runtime.attention import attention_weights
+from .optimizers import make_optimizer
 from .stage import StepLosses, feature_maps, kernel_parameters, trainable
+from .throughput import kernel_flops, softmax_flops, weight_flops
 from .tiled_transfer import can_run, tiled_rows
 
 
@@ -42,13 +44,19 @@ class AttentionTransfer:
         self._negative_mass_weight = (2.0 if signed else 0.0) if weight is None else weight
         # layers learn independently of each other, so each is clipped by its own norm
         self.clip_groups = [list(feature_map.parameters()) for feature_map in maps]
-        self.optimizer = torch.optim.Adam(kernel_parameters(model).values(), lr=recipe.learning_rate)
+        kernels = {"name": "kernels", "lr": recipe.learning_rate, "params": list(kernel_parameters(model).values())}
+        self.optimizer = make_optimizer(recipe, [kernels], betas=(0.9, 0.999))
         self.scaler = torch.amp.GradScaler(enabled=False)  # kernels are differentiated in float32 alone
         self.states = {}
         self._losses: list[tuple[str, StepLosses]] = []  # a module that several layers share comes several times
 
     def trained(self) -> dict[str, nn.Parameter]:
         return kernel_parameters(self.model)
+
+    def flops_per_token(self, length: int) -> float:
+        """The frozen model's forward pass without its head, and forward and backward passes of the kernels."""
+        frozen = weight_flops(self.model, head=False) + softmax_flops(self.model, length)
+        return frozen + 3 * kernel_flops(self.model)
 
     @contextlib.contextmanager
     def active(self):
@@ -62,6 +70,9 @@ class AttentionTransfer:
         losses = [loss for _, loss in self._losses]
         total = sum(loss.total for loss in losses)
         parts = {name: sum(loss.parts[name] for loss in losses) / len(losses) for name in losses[0].parts}
+        for layer in dict(self._losses):
+            kls = [loss.parts["attention_kl"] for name, loss in self._losses if name == layer]
+            parts[f"attention_kl/{layer}"] = sum(kls) / len(kls)
         return StepLosses(total / len(losses), losses[0].count, parts)
 
     def blame(self, sequences: torch.Tensor) -> str:
@@ -75,13 +86,19 @@ class AttentionTransfer:
     def _attend(self, call: AttentionCall) -> torch.Tensor:
         if call.feature_map is None:
             return call.softmax()
-        with torch.autocast(call.query.device.type, enabled=False), torch.enable_grad():
-            rows = attention_rows(call)
-            loss = self._layer_loss(rows, call.visible())
-            loss.total.backward()
-        detached = {name: part.detach() for name, part in loss.parts.items()}
-        self._losses.append((self._layers[call.module], StepLosses(loss.total.detach(), loss.count, detached)))
-        return rows.teacher.detach().to(call.query.dtype).transpose(1, 2).contiguous()
+        losses, outputs = [], []
+        for sequence in call.documents():
+            teacher = []
+            for document in sequence:
+                with torch.autocast(call.query.device.type, enabled=False), torch.enable_grad():
+                    rows = attention_rows(document)
+                    loss = self._layer_loss(rows, document.visible())
+                    loss.total.backward()
+                losses.append(loss.detach())
+                teacher.append(rows.teacher.detach().to(call.query.dtype))
+            outputs.append(torch.cat(teacher, dim=2))
+        self._losses.append((self._layers[call.module], sum(losses[1:], losses[0])))
+        return torch.cat(outputs).transpose(1, 2).contiguous()
 
     def _layer_loss(self, rows: AttentionRows, visible: torch.Tensor | None) -> StepLosses:
         recipe = self.recipe

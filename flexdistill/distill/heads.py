@@ -40,17 +40,26 @@ class SplitModel:
                 "start from a checkpoint with a language-modelling head."
             )
         self.model = model
-        self._output: ModelOutput | None = None
+        self._output_class: type[ModelOutput] | None = None
 
     def hidden(self, sequences: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Token sequences (B, T) -> last hidden states (B, T, E); with a cache, of what follows on what it has seen."""
-        self._output = run_base_model(self.model, sequences, cache)
-        return self._output[0]
+        output = run_base_model(self.model, sequences, cache)
+        self._output_class = type(output)
+        return output[0]
+
+    def states(self, sequences: torch.Tensor, all_layers: bool = True) -> tuple[torch.Tensor, ...]:
+        """Token sequences (B, T) -> hidden states (B, T, E) after each layer, or the last alone, as `hidden` does."""
+        if not all_layers:
+            return (self.hidden(sequences),)
+        output = run_base_model(self.model, sequences, output_hidden_states=True)
+        self._output_class = type(output)
+        return *output.hidden_states[1:-1], output[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (N, E) -> logits (N, V), in the dtype of the head."""
-        first = next(field.name for field in dataclasses.fields(self._output))
-        output = type(self._output)(**{first: hidden[None]})
+        first = next(field.name for field in dataclasses.fields(self._output_class))
+        output = self._output_class(**{first: hidden[None]})
         base = self.model.base_model
         base.forward = lambda *args, **kwargs: output
         try:
@@ -64,6 +73,8 @@ def backward_in_pieces(
     hidden: torch.Tensor,
     piece: int,
     loss: Callable[[torch.Tensor, slice], torch.Tensor],
+    further_loss: torch.Tensor | None = None,
+    *,
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
     model: nn.Module | None = None,
 ) -> torch.Tensor:
@@ -73,6 +84,7 @@ def backward_in_pieces(
         hidden: (N, E), part of a graph.
         piece: positions per piece.
         loss: maps (hidden[slice], slice) to a scalar.
+        further_loss: a scalar of the same graph that is added; None for none.
         scale: what is differentiated in the place of a scalar.
         model: what has made `hidden`; needed only where it may be sharded.
 
@@ -87,5 +99,8 @@ def backward_in_pieces(
             value = loss(leaf[part], part)
             scale(value).backward()
             total += value.detach()
-    hidden.backward(leaf.grad)
-    return total
+    if further_loss is None:
+        hidden.backward(leaf.grad)
+        return total
+    torch.autograd.backward([hidden, scale(further_loss)], [leaf.grad, None])
+    return total + further_loss.detach()

@@ -15,15 +15,19 @@ from transformers import PreTrainedModel
 
 from ..attention_modes import softmax_mode
 from ..errors import FlexdistillError
-from ..losses import kl_divergence, label_loss
+from ..losses import hidden_state_error, kl_divergence, label_loss
 from ..recipe import LogitDistillationRecipe, LoraRecipe
 from .heads import SplitModel, backward_in_pieces
 from .memory import gradient_checkpointing, round_linear_weights
+from .optimizers import make_optimizer, model_groups
 from .sharding import free_gathered, gather_into, sharded_copy
 from .stage import StepLosses, feature_maps, first_non_finite_module, kernel_parameters, trainable
+from .throughput import kernel_flops, softmax_flops, weight_flops
 
 # logits held at once, of teacher and student each
 LOGITS_PER_PIECE = 2**25
+# of Adam and AdamW where all weights are trained
+BETAS = (0.9, 0.95)
 
 
 class LogitDistillation:
@@ -59,15 +63,19 @@ class LogitDistillation:
         elif recipe.train == "lora":
             weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
         self._trained = kernels | weights
-        rates = ((kernels, recipe.kernel_learning_rate), (weights, recipe.learning_rate))
-        groups = [{"params": list(trained.values()), "lr": rate} for trained, rate in rates if trained]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = make_optimizer(recipe, model_groups(model, self._trained, recipe), BETAS)
         self.clip_groups = [list(self._trained.values())]
         self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
         self.states = {"gradient_scaler": self.scaler}
 
     def trained(self) -> dict[str, nn.Parameter]:
         return self._trained
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward passes of teacher and student, and a backward pass, without gradients of weights that are frozen."""
+        weights = weight_flops(self.model)
+        teacher = weights + softmax_flops(self.model, length)
+        return teacher + (3 if self.recipe.train == "full" else 2) * weights + 3 * kernel_flops(self.model)
 
     @contextlib.contextmanager
     def active(self):
@@ -83,11 +91,18 @@ class LogitDistillation:
         # sums are divided by the number of positions, of which the last has no label
         positions_per_label = len(labels) / (labels != -100).sum()
         parts = {"kl": 0.0}
+        all_layers = recipe.hidden_state_weight > 0
         # kept casts of a sharded model's weights would be a whole model
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=not self._shards)):
             with torch.no_grad(), self._as_teacher():
-                teacher_hidden = self._teacher.hidden(sequences).flatten(0, 1)
-            hidden = self._student.hidden(sequences).flatten(0, 1)
+                teacher_states = self._teacher.states(sequences, all_layers)
+                teacher_hidden = teacher_states[-1].flatten(0, 1)
+            states = self._student.states(sequences, all_layers)
+            hidden, further_loss = states[-1].flatten(0, 1), None
+            if all_layers:
+                error, _ = hidden_state_error(states, teacher_states)
+                parts["hidden_state_error"] = error.detach()
+                further_loss = recipe.hidden_state_weight * error
 
             def loss(part_hidden, part):
                 with torch.no_grad(), adapters_disabled(self._teacher.model):
@@ -101,7 +116,14 @@ class LogitDistillation:
                 parts["label_loss"] = parts.get("label_loss", 0.0) + label.detach()
                 return (1 - recipe.label_weight) * kl + recipe.label_weight * label
 
-            total = backward_in_pieces(hidden, positions_per_piece(self.model), loss, self.scaler.scale, self.model)
+            total = backward_in_pieces(
+                hidden,
+                positions_per_piece(self.model),
+                loss,
+                further_loss,
+                scale=self.scaler.scale,
+                model=self.model,
+            )
         free_gathered(self._teacher.model)
         return StepLosses(total, mask.sum(), parts)
 

@@ -12,21 +12,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..devices import to_device
+from ..devices import peak_memory_bytes, to_device
 from ..errors import FlexdistillError, NonFiniteLossError
 from ..recipe import StageRecipe
 from ..storage import write_whole
+from .averaging import copies_kept, update_average
 from .checkpoints import Checkpoints
 from .micro_batches import MicroBatches
+from .optimizers import learning_rate_factor
 from .reduction import Gradients, LossReduction
 from .stage import Stage
-
-
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, final_ratio: float) -> float:
-    """Linear warm-up times a cosine that ends at `final_ratio`; of the step alone, so resuming needs no state."""
-    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return warmup * (final_ratio + (1 - final_ratio) * cosine)
+from .throughput import Throughput
+from .validation import VALIDATION_LOSS, Validation
 
 
 def run_stage(
@@ -36,21 +33,25 @@ def run_stage(
     order: torch.Tensor,
     accelerator: Accelerator,
     *,
+    validation: torch.Tensor | None = None,
     start_step: int = 0,
     stop_step: int | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_number: int = 0,
     log_file: Path | None = None,
     update: Callable[..., None] = lambda *args, **kwargs: None,
+    track: Callable[[dict], None] = lambda entry: None,
 ) -> dict:
-    """Trains a stage from `start_step` to `stop_step`, or to the end.
+    """Trains a stage from `start_step` to `stop_step`, to the end, or until its validation ends it.
 
     Gradients of loss sums are added up over micro-batches and processes and divided once by the global count, so the
     result does not depend on how a batch was split.
 
     Args:
         sequences: token ids (N, T); order: row indices (steps, batch), the same in every process.
+        validation: held-out token ids (M, T), where the recipe validates.
         update: called with (step, loss=, tokens_per_s=) after each step.
+        track: called with each entry of the log, by the process that writes it.
 
     Returns:
         the stage's summary: name, steps, tokens, elapsed_s, first_loss and last_loss; with a log, of all its calls.
@@ -64,21 +65,33 @@ def run_stage(
         group.setdefault("peak_lr", group["lr"])
     gradients, reduce_losses = Gradients(stage.trained().values(), accelerator), LossReduction(accelerator)
     micro_batches = MicroBatches(
-        stage, recipe.micro_batch_size, accelerator, gradients.zero, sharded=gradients.are_sharded
+        stage,
+        recipe.micro_batch_size,
+        accelerator,
+        gradients.zero,
+        sharded=gradients.are_sharded,
+        copies=copies_kept(recipe),
     )
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     log = []
     if log_file is not None and accelerator.is_main_process:
         log = _forget_after(log_file, start_step)
     losses, elapsed_before = [entry["loss"] for entry in log], log[-1]["elapsed_s"] if log else 0.0
-    started = time.perf_counter()
+    validations = Validation(recipe, validation, accelerator, log) if recipe.validation_every else None
+    throughput = Throughput(stage, sequences.shape[1], accelerator)
+    started, done = time.perf_counter(), start_step
     whole_steps = checkpoints.interruption.deferred() if checkpoints is not None else contextlib.nullcontext()
     with stage.active(), whole_steps:
         if recipe.max_memory is not None:
             largest_share = sequences[order[0][:: accelerator.num_processes]]
             micro_batches.fit(recipe.max_memory, to_device(largest_share, accelerator.device))
         for step in range(start_step, recipe.steps if stop_step is None else stop_step):
-            factor = learning_rate_factor(step, recipe.steps, recipe.warmup_steps, recipe.final_learning_rate_ratio)
+            if validations and validations.ended_at:
+                done = validations.ended_at
+                break
+            factor = learning_rate_factor(
+                step, recipe.steps, recipe.warmup_steps, recipe.final_learning_rate_ratio, recipe.schedule
+            )
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             gradients.zero()
@@ -101,22 +114,31 @@ def run_stage(
             stage.scaler.update()
             losses.append(loss)
 
-            done, elapsed = step + 1, time.perf_counter() - started
+            done, validated = step + 1, {}
+            if recipe.ema_decay is not None:
+                update_average(optimizer, recipe.ema_decay, done)
+            if validations and validations.is_due(done):
+                validated = {VALIDATION_LOSS: validations.measure(done, micro_batches, reduce_losses)}
+            elapsed = time.perf_counter() - started
             tokens_per_s = (done - start_step) * order.shape[1] * sequences.shape[1] / elapsed
             if log_file is not None and accelerator.is_main_process:
-                entry = {"step": done, "loss": loss, **dict(zip(step_losses.parts, parts, strict=True))}
+                entry = {"step": done, "loss": loss, **dict(zip(step_losses.parts, parts, strict=True)), **validated}
                 entry |= {"gradient_norm": None if overflowed else norm, "learning_rate_factor": factor}
-                entry |= {"tokens_per_s": round(tokens_per_s, 1), "elapsed_s": round(elapsed_before + elapsed, 3)}
+                entry |= {"tokens_per_s": round(tokens_per_s, 1), **throughput.utilisation(tokens_per_s)}
+                entry |= {"peak_memory_bytes": peak_memory_bytes(accelerator.device)}
+                entry |= {"elapsed_s": round(elapsed_before + elapsed, 3)}
                 with log_file.open("a") as file:
                     file.write(json.dumps(entry) + "\n")
+                track(entry)
             update(done, loss=loss, tokens_per_s=tokens_per_s)
             if checkpoints is not None:
-                checkpoints.after_step(stage, checkpoint_number, done, last=done == recipe.steps)
+                is_last = done == recipe.steps or bool(validations and validations.ended_at)
+                checkpoints.after_step(stage, checkpoint_number, done, last=is_last)
     gradients.release()
     return {
         "name": stage.name,
-        "steps": recipe.steps,
-        "tokens": recipe.steps * order.shape[1] * sequences.shape[1],
+        "steps": done,
+        "tokens": done * order.shape[1] * sequences.shape[1],
         "elapsed_s": elapsed_before + time.perf_counter() - started,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,

@@ -11,7 +11,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..devices import forget_peak_memory, peak_memory_bytes
 from ..errors import FlexdistillError
-from .stage import Stage, StepLosses
+from .stage import Stage, StepLosses, backward_counting_guards, sum_losses
 
 
 class MicroBatches:
@@ -24,6 +24,7 @@ class MicroBatches:
         size: sequences per micro-batch; None: all rows.
         discard: forgets the gradients added so far.
         sharded: whether a backward pass needs all processes, so that none can repeat it alone.
+        copies: tensors of a parameter's shape that the optimiser's state comes to hold for it.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class MicroBatches:
         discard: Callable[[], None],
         *,
         sharded: bool = False,
+        copies: int = 2,
     ):
         self.stage, self.accelerator, self.sharded = stage, accelerator, sharded
-        self._size, self._discard = size, discard
+        self._size, self._discard, self._copies = size, discard, copies
         self._told = size
 
     def split(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -51,7 +53,7 @@ class MicroBatches:
         """
         while True:
             try:
-                return _sum([self.stage.backward(micro) for micro in self.split(batch)])
+                return sum_losses([backward_counting_guards(self.stage, micro) for micro in self.split(batch)])
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -116,11 +118,13 @@ class MicroBatches:
             peak = torch.iinfo(torch.int64).max
         self._discard()
         clear_device_cache(garbage_collection=True)
-        return peak if self.stage.optimizer.state else min(peak + self._moments(), torch.iinfo(torch.int64).max)
+        return peak if self.stage.optimizer.state else min(peak + self._state_bytes(), torch.iinfo(torch.int64).max)
 
-    def _moments(self) -> int:
+    def _state_bytes(self) -> int:
         local = [p.to_local() if self.sharded else p for p in self.stage.trained().values()]
-        return sum(2 * p.numel() * p.element_size() for p in local if p.device.type == self.accelerator.device.type)
+        return sum(
+            self._copies * p.numel() * p.element_size() for p in local if p.device.type == self.accelerator.device.type
+        )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -133,10 +137,3 @@ def _no_memory(size: int, length: int) -> FlexdistillError:
         f"{what} of {length} tokens does not fit into memory; set a smaller --micro-batch-size or --sequence-length, "
         "--gradient-checkpointing, or go on with more processes and --parallel fsdp."
     )
-
-
-def _sum(losses: list[StepLosses]) -> StepLosses | None:
-    total = None
-    for loss in losses:
-        total = loss if total is None else total + loss
-    return total

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..runtime.attention import count_guards
 from ..runtime.feature_maps import FeatureMap
 from ..runtime.interface import NAME
 
@@ -25,6 +27,19 @@ class StepLosses:
     def __add__(self, other: StepLosses) -> StepLosses:
         parts = {name: self.parts[name] + other.parts[name] for name in self.parts}
         return StepLosses(self.total + other.total, self.count + other.count, parts)
+
+    def detach(self) -> StepLosses:
+        parts = {name: part.detach() for name, part in self.parts.items()}
+        return StepLosses(self.total.detach(), self.count, parts)
+
+
+def sum_losses(losses: Iterable[StepLosses | None]) -> StepLosses | None:
+    """The sum of those that are there; None if none is."""
+    total = None
+    for loss in losses:
+        if loss is not None:
+            total = loss if total is None else total + loss
+    return total
 
 
 class Stateful(Protocol):
@@ -45,6 +60,10 @@ class Stage(Protocol):
     scaler: torch.amp.GradScaler  # of the gradients that `backward` adds; not enabled where they are not scaled
     states: dict[str, Stateful]  # what a checkpoint keeps beside parameters and optimiser
     clip_groups: list[list[nn.Parameter]]  # each clipped by its own norm
+    model: PreTrainedModel
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations that training on a token of a sequence of that length takes."""
 
     def active(self) -> contextlib.AbstractContextManager:
         """Context in which the stage's forward passes run."""
@@ -60,6 +79,15 @@ class Stage(Protocol):
 
     def blame(self, sequences: torch.Tensor) -> str:
         """The first layer whose output or loss is not finite on these sequences."""
+
+
+def backward_counting_guards(stage: Stage, sequences: torch.Tensor) -> StepLosses:
+    """`stage.backward`, whose parts also tell the share of attention rows that the guard changed."""
+    with count_guards() as guards:
+        losses = stage.backward(sequences)
+    if guards.rows:
+        losses.parts["guarded_rows"] = torch.as_tensor(guards.guarded / guards.rows) * losses.count
+    return losses
 
 
 @contextlib.contextmanager

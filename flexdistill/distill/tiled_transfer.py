@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..losses import LEAST_WEIGHT, AttentionRows, over_queries, relative_output_error
-from ..runtime.attention import _features
+from ..runtime.attention import _features, count_guarded
 from ..runtime.backend import fused_operators
 from ..runtime.feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap
 
@@ -78,7 +78,7 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible) -> Attentio
     if not query.is_cuda:  # Triton's interpreter cannot multiply bf16
         query, key, value = query.float(), key.float(), value.float()
     logits_dtype = torch.promote_types(query.dtype, key.dtype)
-    rows, teacher, student, _ = transfer_op(
+    rows, teacher, student, statistics = transfer_op(
         features.query.contiguous(),
         features.key.contiguous(),
         features.decay,
@@ -96,6 +96,7 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible) -> Attentio
         feature_map.signed,
         feature_map.calibrated,
     )
+    count_guarded(statistics[4] > 0)
     return AttentionRows(*rows.unbind(), teacher, student)
 
 

@@ -126,13 +126,13 @@ def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_me
     if fused is not None and fused.serves(feature_map, query, value):
         if not keep_memory and memory is None:
             output, guarded = fused.attend(feature_map, query, key, value, scaling, visible, boundaries)
-            _count(guarded)
+            count_guarded(guarded)
             return output, None
         if not fused.needs_gradient(feature_map, query, key, value):
             output, guarded, memory = _attend_remembering(
                 fused, feature_map, query, key, value, scaling, visible, memory
             )
-            _count(guarded)
+            count_guarded(guarded)
             return output, memory
     if not spec.causal:
         return _attend_without_window(feature_map, query, key, value=value, scaling=scaling, visible=visible), None
@@ -294,7 +294,7 @@ def _normalise(
     """Divides by the guarded denominator, shared with the window's where there is one."""
     sees_any = far.maximum > -torch.inf
     least = SIGNED_GUARD * far.bound if feature_map.signed else POSITIVE_GUARD * sees_any
-    _count((far.denominator < least) & sees_any)
+    count_guarded((far.denominator < least) & sees_any)
     denominator = torch.maximum(far.denominator, least)
     far_weight = near_weight = torch.ones_like(denominator)
     if near is not None:
@@ -309,7 +309,8 @@ def _normalise(
     return output if near is None else output + (near_weight / denominator)[..., None] * near.numerator
 
 
-def _count(guarded: torch.Tensor) -> None:
+def count_guarded(guarded: torch.Tensor) -> None:
+    """Adds rows, True where the guard raised the denominator, to the active counters."""
     for counter in _guard_counters:
         counter.guarded = counter.guarded + guarded.sum()
         counter.rows += guarded.numel()

@@ -1,12 +1,15 @@
 """What tests of training share: converted tiny models whose attention is not uniform, and tokens to train them on."""
 
+import json
+
 import torch
 from accelerate import Accelerator
 
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.distill.attention_transfer import AttentionTransfer
+from flexdistill.distill.labels import LabelTraining
 from flexdistill.distill.logits import LogitDistillation
-from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, LogitDistillationRecipe
+from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, LabelTrainingRecipe, LogitDistillationRecipe
 from tests.tiny import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bert": tiny_bert}
@@ -46,6 +49,11 @@ def logit_distillation(model, **settings) -> LogitDistillation:
     return LogitDistillation(model, recipe, Accelerator(cpu=True))
 
 
+def label_training(model, **settings) -> LabelTraining:
+    recipe = LabelTrainingRecipe(**{"steps": 6, "batch_size": 4, "warmup_steps": 2} | settings)
+    return LabelTraining(model, recipe, Accelerator(cpu=True))
+
+
 def train(stage, steps: int | None = None, **options):
     """Runs a stage over tokens in a fixed order; returns the summary."""
     from flexdistill.distill.loop import run_stage
@@ -58,6 +66,13 @@ def train(stage, steps: int | None = None, **options):
 
 def parameters(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def log_entries(file) -> list[dict]:
+    """A log without what differs from run to run."""
+    measured = ("tokens_per_s", "elapsed_s", "peak_memory_bytes")
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name not in measured} for entry in entries]
 
 
 def assert_equal(actual: dict, expected: dict) -> None:

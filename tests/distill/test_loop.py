@@ -18,6 +18,8 @@ from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from tests.distill.stages import (
     assert_equal,
     attention_transfer,
+    label_training,
+    log_entries,
     logit_distillation,
     parameters,
     sequences,
@@ -27,6 +29,7 @@ from tests.distill.stages import (
 
 STAGES = {
     "attention transfer": attention_transfer,
+    "labels": label_training,
     "full": lambda model, **settings: logit_distillation(model, train="full", **settings),
     "lora": lambda model, **settings: logit_distillation(model, train="lora", **settings),
     "kernels": lambda model, **settings: logit_distillation(model, train="kernels", **settings),
@@ -72,17 +75,25 @@ def test_learning_rate_factor():
     assert learning_rate_factor(0, 1, 1, 1.0) == 1
 
 
+def test_other_schedules():
+    linear = [learning_rate_factor(step, 100, 10, 0.2, "linear") for step in range(101)]
+    assert linear[9:] == pytest.approx([0.2 + 0.8 * (1 - step / 100) for step in range(9, 101)])
+    assert linear[0] == pytest.approx(0.1) and linear[100] == pytest.approx(0.2)
+    constant = [learning_rate_factor(step, 100, 4, 0.2, "constant") for step in range(101)]
+    assert constant == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 98)
+
+
 def test_learning_rates_follow_the_factor(tmp_path):
-    stage = make_stage("full", learning_rate=1e-4, kernel_learning_rate=2e-3)
+    stage = make_stage("full", learning_rate=1e-4, kernel_learning_rate=2e-3, norm_learning_rate=3e-4)
     rates = []
     train(
         stage,
         log_file=tmp_path / "log.jsonl",
         update=lambda *a, **k: rates.append([g["lr"] for g in stage.optimizer.param_groups]),
     )
-    for step, (kernels, weights) in enumerate(rates):
+    for step, (kernels, norms, weights) in enumerate(rates):
         factor = learning_rate_factor(step, 6, 2, 0.05)
-        assert (kernels, weights) == pytest.approx((2e-3 * factor, 1e-4 * factor))
+        assert (kernels, norms, weights) == pytest.approx((2e-3 * factor, 3e-4 * factor, 1e-4 * factor))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["learning_rate_factor"] for line in lines] == [learning_rate_factor(s, 6, 2, 0.05) for s in range(6)]
@@ -150,10 +161,7 @@ def test_resume_is_bit_identical(name, stop, tmp_path):
     train(stage, start_step=checkpoint.step, **options)
     assert_equal(parameters(stage.model), parameters(whole.model))
     assert_equal(states(stage), states(whole))
-    logs = [
-        [json.loads(line) | {"tokens_per_s": None, "elapsed_s": None} for line in file.read_text().splitlines()]
-        for file in (tmp_path / "whole.jsonl", log_file)
-    ]
+    logs = [log_entries(file) for file in (tmp_path / "whole.jsonl", log_file)]
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
 

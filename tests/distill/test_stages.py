@@ -258,6 +258,42 @@ def test_adapters_leave_kernels_alone():
 
 
 @every_mode
+@every_model
+def test_hidden_states_join_the_loss(name, mode):
+    results = []
+    for weight in (0.0, 0.7):
+        torch.manual_seed(0)
+        stage = logit_distillation(student(name), train=mode, hidden_state_weight=weight)
+        with stage.active():
+            results.append((stage.backward(sequences()), {n: p.grad for n, p in stage.trained().items()}))
+    (plain, without), (losses, with_states) = results
+    with torch.no_grad():
+        targets = hidden_states(teacher(name))
+        error = float(sum_of_errors(stage.model, targets))
+    assert len(targets) == 2 and error > 0
+    assert float(losses.parts["hidden_state_error"]) == pytest.approx(error, rel=1e-4)
+    assert float(losses.total) == pytest.approx(float(plain.total) + 0.7 * error, rel=1e-5)
+    stage.model.zero_grad()
+    with stage.active():
+        (0.7 * sum_of_errors(stage.model, targets)).backward()
+    for key, parameter in stage.trained().items():
+        actual = with_states[key] if without[key] is None else with_states[key] - without[key]
+        own = torch.zeros_like(actual) if parameter.grad is None else parameter.grad
+        assert (actual - own).norm() <= 1e-3 * with_states[key].norm() + 1e-6, key
+
+
+def hidden_states(model):
+    output = model.base_model(input_ids=sequences(), output_hidden_states=True)
+    return [*output.hidden_states[1:-1], output[0]]
+
+
+def sum_of_errors(model, targets):
+    states = hidden_states(model)
+    errors = [((s - t).square().mean(-1) / t.square().mean(-1)).sum() for s, t in zip(states, targets, strict=True)]
+    return sum(errors) / len(errors)
+
+
+@every_mode
 @pytest.mark.parametrize("piece", [1, 7, 48, 1000])
 @pytest.mark.parametrize("label_weight", [0.0, 0.3])
 def test_pieces_do_not_change_the_loss(mode, piece, label_weight, monkeypatch):

@@ -1,0 +1,129 @@
+"""Sections of the recipe beside the training stages: the kernel, what is read, what is kept, where figures go."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+
+
+class KernelRecipe(Section):
+    """Which kernel replaces softmax attention."""
+
+    variant: str = Field("nonstationary", description="registered kernel; `flexdistill variants` lists them")
+    component: str | None = Field(None, description="component function; None: the variant's first, if it has any")
+    matrix: str | None = Field(None, description="frequencies of Spectraformer's grid; None: fastfood_learnable")
+    features: int | None = Field(
+        None, ge=1, description="frequencies per head; the map has twice as many features; None: head size"
+    )
+    horizon: int | None = Field(
+        None, ge=1, description="tokens after which cosFormer's kernel ends; None: the model's positions"
+    )
+    decay: bool | None = Field(
+        None,
+        description="features of causal layers forget at learned rates; None: only where the variant's default says so",
+    )
+    tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
+    key_heads: Literal["query", "kv"] = Field(
+        "query", description="a key map and a state per query head, or per KV head"
+    )
+    window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
+    layers: str = Field("all", description="layers to convert: all, indices such as 0-5,9, every:4, or name patterns")
+    keep_layers: str | None = Field(None, description="layers that stay softmax, written as `layers`")
+    keep_softmax: int = Field(
+        0, ge=0, description="of these, layers that stay softmax, chosen by their KL gain after attention transfer"
+    )
+
+
+class TextRecipe(Section):
+    """Where text comes from."""
+
+    source: str = Field(
+        description="file or folder of text, jsonl or parquet (also .xz .gz .zst), a `datasets` name, or `sample`"
+    )
+    config: str | None = Field(None, description="configuration of a `datasets` name")
+    split: str | None = Field(None, description="split of a `datasets` name; None: train")
+    column: str | None = Field(None, description="column that holds the text; None: text")
+
+
+class WeightedTextRecipe(TextRecipe):
+    """One text of a mixture."""
+
+    weight: float = Field(1.0, gt=0, description="its share of the sequences, over the sum of all weights")
+
+
+class DataRecipe(TextRecipe):
+    """Text to train on, cut into sequences of equal length in an order fixed by the seed."""
+
+    source: str = "Salesforce/wikitext"
+    sources: list[WeightedTextRecipe] | None = Field(
+        None, min_length=1, description="texts to mix, in the place of source"
+    )
+    sequence_length: int = Field(512, ge=2, description="tokens per sequence")
+    validation_sequences: int = Field(16, ge=1, description="held out where a stage validates")
+    document_masks: bool = Field(
+        False, description="while training, attention and positions begin anew after each end-of-text token"
+    )
+    cache: bool | str = Field(
+        True, description="folder of the token cache; true: flexdistill/tokens under HF_HOME; false: no cache"
+    )
+
+    @property
+    def texts(self) -> list[WeightedTextRecipe]:
+        """The texts that are mixed: one, unless `sources` names several."""
+        return self.sources or [WeightedTextRecipe(**{name: getattr(self, name) for name in TextRecipe.model_fields})]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(text.source for text in self.texts)
+
+    @model_validator(mode="after")
+    def _used_settings_only(self):
+        given = next((name for name in TextRecipe.model_fields if name in self.model_fields_set), None)
+        if self.sources is not None and given is not None:
+            raise ValueError(f"{given} is set but sources would replace it; give it inside sources or remove one")
+        return self
+
+
+class EvaluationRecipe(Section):
+    """What teacher and student are compared on."""
+
+    source: str | None = Field(None, description="as data.source; None: sequences held out from the training data")
+    config: str | None = None
+    split: str | None = None
+    column: str | None = None
+    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
+    sequences: int = Field(48, ge=1, description="sequences evaluated, taken in order")
+    batch_size: int = Field(8, ge=1, description="sequences per forward pass")
+
+    @model_validator(mode="after")
+    def _used_settings_only(self):
+        given = next((name for name in ("config", "split", "column") if getattr(self, name) is not None), None)
+        if self.source is None and given is not None:
+            raise ValueError(f"{given} is set but source is not, so it would be ignored; set source or remove {given}")
+        return self
+
+
+class CheckpointRecipe(Section):
+    """Where an interrupted run goes on."""
+
+    every_steps: int | None = Field(100, ge=1, description="None: not by steps")
+    every_minutes: float | None = Field(None, gt=0, description="whichever comes first; None: not by time")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class TrackingRecipe(Section):
+    """Where figures go beside the logs, which are always written."""
+
+    trackers: list[str] = Field([], description="Accelerate's trackers by name: tensorboard, trackio, wandb and others")
+    project: str = Field("flexdistill", min_length=1, description="name of the project there")
+    folder: str = Field("runs", min_length=1, description="of trackers that write files, such as tensorboard")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
