@@ -26,10 +26,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flexdistill.conversion import apply_plan, make_plan
-from flexdistill.data import pack, read_documents
+from flexdistill.data import read_documents
 from flexdistill.devices import forget_peak_memory, make_accelerator, peak_memory_bytes
 from flexdistill.distill.loop import run_stage
-from flexdistill.pipeline import STAGES
+from flexdistill.packing import pack
+from flexdistill.pipeline import STAGE_CLASSES
 from flexdistill.recipe import AttentionTransferRecipe, DataRecipe, KernelRecipe, LogitDistillationRecipe
 from flexdistill.sources import load_model, load_tokenizer, resolve_model
 from flexdistill.tables import format_bytes, print_table
@@ -166,7 +167,7 @@ def run(name: str, student: PreTrainedModel, sequences: torch.Tensor, case: dict
     # one step more is inspected, whose loss is not of the curve
     recipe = RECIPES[name](steps=steps + 1, warmup_steps=2, **{k: v for k, v in settings.items() if k in only})
     order = torch.arange((steps + 1) * recipe.batch_size).remainder(len(sequences)).view(steps + 1, -1)
-    stage = STAGES[name](student, recipe, accelerator)
+    stage = STAGE_CLASSES[name](student, recipe, accelerator)
     ends, losses = [time.perf_counter()], []
 
     def update(step, *, loss, **figures):

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flexdistill.attention_modes import softmax_mode
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator
-from flexdistill.pipeline import STAGES
+from flexdistill.pipeline import STAGE_CLASSES
 from flexdistill.recipe import Recipe
 from flexdistill.tables import print_table
 
@@ -71,8 +71,8 @@ def measure(arguments: argparse.Namespace, decay: bool) -> dict:
     teacher_ms = median_ms(forward, arguments.steps)
     result = {"decay": decay, "batch": size, "torch": torch.__version__, "teacher_ms": teacher_ms, "stages": []}
     result["device"] = torch.cuda.get_device_name() if tokens.is_cuda else "cpu"
-    for name, kind in STAGES.items():
-        stage = kind(student, getattr(recipe, name), accelerator)
+    for name in ("attention_transfer", "logit_distillation"):
+        stage = STAGE_CLASSES[name](student, getattr(recipe, name), accelerator)
 
         def step(stage=stage):
             stage.optimizer.zero_grad(set_to_none=True)

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from .conversion import Plan, apply_plan, make_plan, resolve_kernel
+from .conversion import Plan, make_plan, resolve_kernel
 from .devices import forget_peak_memory, make_accelerator
 from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
 from .export import export
 from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
-from .pipeline import plan_facts, run_facts, run_stages
+from .pipeline import make_student, plan_facts, run_facts, run_stages
 from .recipe import STAGES, KernelRecipe, Recipe
 from .report import has_matplotlib, plot_comparison
 from .runs import INDECISIVE, check_output
@@ -166,7 +166,7 @@ def _run(
     set_seed(recipe.seed)
     forget_peak_memory(accelerator.device)
     # converted on CPU as `convert` does, so that kernels start from the same numbers
-    student = apply_plan(copy.deepcopy(teacher).cpu(), plan).to(accelerator.device)
+    student = make_student(copy.deepcopy(teacher).cpu(), plan, sequences, accelerator)
     curve = []
 
     def evaluate(tokens: int) -> None:

@@ -83,7 +83,7 @@ def _convert(recipe: Recipe, run: Run) -> dict:
     sequences = load_sequences(recipe, model, tokenizer)
 
     checkpoints, checkpoint = run.begin(recipe, input_hashes(model, sequences), accelerator)
-    student = apply_plan(model, plan).to(accelerator.device)
+    student = make_student(model, plan, sequences, accelerator)
     with tracking(recipe, accelerator) as track:
         stages = run_stages(recipe, student, sequences, accelerator, run.work, checkpoints, checkpoint, track=track)
 
@@ -99,6 +99,13 @@ def _convert(recipe: Recipe, run: Run) -> dict:
         export(student, tokenizer, run.output, logs=sorted(run.work.glob("*.jsonl")), **details)
     accelerator.wait_for_everyone()
     return metrics
+
+
+def make_student(model: PreTrainedModel, plan: Plan, sequences: Sequences, accelerator: Accelerator) -> PreTrainedModel:
+    """The converted model on the accelerator's device, its kernels calibrated to the training text."""
+    student = apply_plan(model, plan).to(accelerator.device)
+    measure_kernels(student, sequences.training[:MEASURED_SEQUENCES].to(accelerator.device), accelerator)
+    return student
 
 
 def run_stages(
@@ -128,11 +135,10 @@ def run_stages(
     Returns:
         the stages' summaries.
     """
-    recipes, training = recipe.stages, sequences.training
+    recipes = recipe.stages
     order = _orders(recipes, sequences, recipe.seed)
     tied = untie(student) if recipe.tied_embeddings != "tied" else {}
     masks = DocumentMasks(student, sequences.separator) if recipe.data.document_masks else None
-    measure_kernels(student, training[:MEASURED_SEQUENCES].to(accelerator.device), accelerator)
     if "attention_transfer" in recipes and not kernel_parameters(student):
         del recipes["attention_transfer"]
         if accelerator.is_main_process:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from .conversion import apply_plan, make_plan
+from .conversion import make_plan
 from .devices import make_accelerator
 from .distill.layer_selection import choose_layers, kl_with_softmax_in
 from .inputs import check_devices, check_lengths, load_sequences, load_source
-from .pipeline import run_stages
+from .pipeline import make_student, run_stages
 from .recipe import Recipe
 
 
@@ -34,7 +34,7 @@ def rank_layers(recipe: Recipe) -> dict:
     check_lengths(recipe)
     choosing = recipe.override({"kernel.keep_softmax": recipe.kernel.keep_softmax or 1})
     sequences = load_sequences(choosing, model, tokenizer)
-    student = apply_plan(model, plan).to(accelerator.device)
+    student = make_student(model, plan, sequences, accelerator)
     with tempfile.TemporaryDirectory() as work:
         later = {"logit_distillation.steps": 0, "label_training.steps": 0}
         all_linear = recipe.override({"kernel.keep_softmax": 0} | later)
