@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, cli_reports
 from .cli_options import (
     SOURCE_HELP,
     AttentionSteps,
@@ -365,6 +365,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
         Recipe.load(known)
         text = (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8")
         print(text if name else f"{known:12} {text.splitlines()[0].removeprefix('# ')}", end="" if name else "\n")
+
+
+cli_reports.register(app)
 
 
 def main() -> None:

@@ -34,12 +34,12 @@ def plot_comparison(comparison: dict[str, Any], folder: Path) -> list[Path]:
             axes.axhline(results[0]["teacher"]["perplexity"], color="black", linestyle="--", label="teacher")
     with _axes(layers, "layer", "attention KL, nats per query") as axes:
         for result in results:
-            numbers = [_number(name, index) for index, name in enumerate(result["attention_kl"])]
+            numbers = [layer_number(name, index) for index, name in enumerate(result["attention_kl"])]
             axes.plot(numbers, list(result["attention_kl"].values()), marker=".", label=result["name"])
     return [curves, layers]
 
 
-def _number(name: str, index: int) -> int:
+def layer_number(name: str, index: int) -> int:
     """The number of a layer, which its name holds unless it is the only one."""
     number = re.search(r"\d+", name)
     return int(number[0]) if number else index

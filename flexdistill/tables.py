@@ -25,13 +25,13 @@ def print_table(columns: list[str], rows: list[list[Any]], *, title: str | None 
         is_number = bool(rows) and all(isinstance(row[index], int | float | None) for row in rows)
         table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(format_cell(value) for value in row))
     console.print(table)
 
 
 def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
     """The table that `print_table` would print, in Markdown."""
-    cells = [columns, ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    cells = [columns, ["---"] * len(columns), *([format_cell(value) for value in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
@@ -102,7 +102,7 @@ def print_metrics(metrics: dict[str, Any], title: str) -> None:
         print()
         print_table(["stage", "steps", "tokens", "seconds", "first loss", "last loss"], stages)
     print()
-    for line in _summary(metrics):
+    for line in summary_lines(metrics):
         _console().print(line, soft_wrap=True)
 
 
@@ -164,7 +164,8 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
-def _summary(metrics: dict[str, Any]) -> list[str]:
+def summary_lines(metrics: dict[str, Any]) -> list[str]:
+    """Sentences on what `print_metrics` prints beside its tables."""
     lines = []
     attention_kl = metrics.get("attention_kl")
     if attention_kl:
@@ -209,7 +210,8 @@ def _span(numbers: list[int]) -> str:
     return f"{{{','.join(map(str, numbers))}}}"
 
 
-def _cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
+    """A value as it stands in a table."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexdistill.doctor import examine
 from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert
 from flexdistill.recipe import Recipe
@@ -45,6 +46,13 @@ def test_attention_on_gpu_equals_cpu(variant, component, window, dtype, toleranc
     feature_map.cuda()
     actual, _ = attend(feature_map, *(x.cuda() for x in inputs), scaling=64**-0.5, visible=visible.cuda())
     assert (actual.float().cpu() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_doctor_finds_gpu_usable():
+    report = examine()
+    assert report["problems"] == [] and report["devices"][1]["usable"]
+    assert report["attention"]["backend"] == "triton"
+    assert {check["dtype"] for check in report["attention"]["checks"]} == {"float32", "bfloat16"}
 
 
 def test_conversion_on_gpu(tmp_path):

@@ -22,12 +22,12 @@ LAYERS = [
     {"errors"},
     {"recipe", "recipe_sections", "runtime", "progress", "losses", "storage"},
     {"attention_modes", "data", "devices", "example_inputs", "packing", "sources", "tables"},
-    {"attention_search", "conversion", "distill", "mixture", "token_cache", "tracking"},
-    {"evaluation", "export", "hub", "inputs", "report", "runs", "scoring"},
+    {"attention_search", "conversion", "distill", "mixture", "self_test", "token_cache", "tracking"},
+    {"evaluation", "export", "hub", "inputs", "report", "report_figures", "runs", "scoring"},
     {"generation", "initialisation", "pipeline", "positions", "recall"},
-    {"comparison", "ranking", "training"},
+    {"comparison", "ranking", "report_page", "training"},
     {"api"},
-    {"cli", "cli_options", "cli_output", "cli_scratch", "launcher"},
+    {"cli", "cli_options", "cli_output", "cli_reports", "cli_scratch", "doctor", "launcher"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 

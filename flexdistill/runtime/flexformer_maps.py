@@ -53,8 +53,8 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
 
     decays_by_default = True
     measures = True
-    # standard deviation of W1 x over training data from which on the kernel starts as a few spikes instead of a map
-    _LARGEST_PHASE = 3.0
+    # standard deviation of W1 x over training data beyond which kernels start as a few spikes
+    _LARGEST_PHASE = 1.5
     # |k|^2 is of the order of 100, so the learned coefficient moves in tenths
     _NORM_UNIT = 0.1
 
@@ -67,8 +67,9 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         parameters = self.query_parameters
-        # half the standard deviation at which exp(W x) estimates the softmax kernel
-        init.normal_(parameters["w1"], std=0.5 * self.spec.head_dim**-0.25)
+        # a quarter of the standard deviation at which exp(W x) estimates the softmax kernel: it starts flatter, and learns
+        # faster than from a half or from one
+        init.normal_(parameters["w1"], std=0.25 * self.spec.head_dim**-0.25)
         if self.nonstationary:
             init.normal_(parameters["w2"], std=0.02)
         init.zeros_(parameters["log_amplitude"])
