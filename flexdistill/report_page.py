@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from . import __version__
 from .attention_modes import AttentionCall, record_attention
 from .conversion import check_sequence_length
-from .data import pack, read_documents
+from .data import read_documents
 from .devices import make_accelerator
 from .distill.attention_transfer import softmax_weights
 from .distill.stage import feature_maps
 from .errors import FlexdistillError, disk_errors, first_sentence
 from .evaluation import check_same_model, load_converted
+from .packing import pack
 from .positions import token_losses
 from .recipe import EvaluationRecipe
 from .report import has_matplotlib, layer_number

@@ -67,8 +67,8 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         parameters = self.query_parameters
-        # a quarter of the standard deviation at which exp(W x) estimates the softmax kernel: it starts flatter, and learns
-        # faster than from a half or from one
+        # a quarter of the standard deviation at which exp(W x) estimates the softmax kernel: it starts flatter, and
+        # learns faster than from a half or from one
         init.normal_(parameters["w1"], std=0.25 * self.spec.head_dim**-0.25)
         if self.nonstationary:
             init.normal_(parameters["w2"], std=0.02)
