@@ -103,9 +103,8 @@ def test_files(results, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one(sources, tmp_path, parallel):
-    recipe = make_recipe(
-        sources, **{"evaluation.sequences": 5, "kernel.window": 4, "logit_distillation.parallel": parallel}
-    )
+    settings = {"evaluation.sequences": 5, "kernel.window": 4, "logit_distillation.parallel": parallel}
+    recipe = make_recipe(sources, **settings, **{"data.cache": False})  # which one of the processes would find filled
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "flexdistill", "convert", recipe.model, "--recipe", "recipe.yaml"]
     environment = os.environ | {"PYTHONPATH": str(Path(flexdistill.__file__).parents[1])}

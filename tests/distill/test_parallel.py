@@ -75,7 +75,7 @@ def test_two_processes_train_as_one(results):
     """Batches that divide evenly, unevenly, and leave one process without a sequence; whole and sharded models."""
     one, first, second = results
     assert_equal(first, second)
-    assert_close(first, one)
+    assert_close(first, one, tolerance=3e-5)  # rounding, after three stages of Adam's steps
     initial = parameters(student())
     for key, value in first.items():
         case, name = key.split("/")
