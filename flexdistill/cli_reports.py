@@ -1,4 +1,4 @@
-"""The commands that look at an installation and at results, and make nothing but a page."""
+"""The commands that look at an installation, at what it offers and at results, and make nothing but a page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from .cli_options import SOURCE_HELP, Debug, Json, Overwrite, integers, option, source_settings
+from .cli_output import print_json
+from .errors import FlexdistillError
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
@@ -48,7 +50,40 @@ def report(
     print(write_report(directory, output, text=text, overwrite=overwrite))
 
 
+def variants(as_json: Json = False) -> None:
+    """List the kernels that --variant, --component and --matrix choose from."""
+    from .runtime.registry import feature_map_class, kernels
+
+    rows = []
+    for variant, component in kernels():
+        kernel = feature_map_class(variant, component)
+        row = dict(variant=variant, component=component, signed=kernel.signed, causal=kernel.causal_safe)
+        row |= dict(tied=kernel.tied_by_default, decay=kernel.decays_by_default)
+        rows.append(row | dict(paper=kernel.paper, matrices=list(kernel.matrices)))
+    if as_json:
+        print_json(rows)
+    else:
+        from .tables import print_table
+
+        columns = [name for name in rows[0] if name != "matrices"]
+        print_table(columns, [[row[name] for name in columns] for row in rows])
+        for variant, matrices in {row["variant"]: row["matrices"] for row in rows if row["matrices"]}.items():
+            print(f"Matrices of {variant}, the default first: {', '.join(matrices)}")
+
+
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
+    """List the shipped recipes, or print one."""
+    from .recipe import RECIPES_FOLDER, Recipe, shipped_recipes
+
+    if name and name not in shipped_recipes():
+        raise FlexdistillError(f"Recipe {name!r} is not shipped; shipped are: {', '.join(shipped_recipes())}.")
+    for known in [name] if name else shipped_recipes():
+        Recipe.load(known)
+        text = (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8")
+        print(text if name else f"{known:12} {text.splitlines()[0].removeprefix('# ')}", end="" if name else "\n")
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands of this file."""
-    app.command()(doctor)
-    app.command()(report)
+    for command in (variants, recipes, report, doctor):
+        app.command()(command)
