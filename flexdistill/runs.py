@@ -22,6 +22,8 @@ from .storage import write_json, write_whole
 # written last, so that a run that has it has all that --resume needs
 RECIPE = "recipe.yaml"
 _INPUTS, _LOCK = "inputs.json", "lock"
+# the processes of one run look at its lock at the same moment, each for an instant; a run holds it until its end
+_PROBE_S = 1.0
 # settings that the result does not depend on
 INDECISIVE = {"checkpoint": True, "data": {"cache"}, "tracking": True}
 # the result while it is written, and the one that it replaces
@@ -164,7 +166,7 @@ def locked(work: Path) -> Iterator[None]:
     Raises:
         FlexdistillError: if another process has it.
     """
-    lock = FileLock(work / _LOCK, blocking=False)
+    lock = FileLock(work / _LOCK, timeout=_PROBE_S)
     try:
         lock.acquire()
     except Timeout as error:
@@ -204,7 +206,7 @@ def _is_locked(work: Path) -> bool:
     if not file.exists():
         return False
     try:
-        with FileLock(file, blocking=False):
+        with FileLock(file, timeout=_PROBE_S):
             return False
     except Timeout:
         return True

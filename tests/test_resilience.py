@@ -48,6 +48,14 @@ CONVERT = ["convert", "llama", "--recipe", "recipe.yaml", "--output", "out"]
 RESUME = [*CONVERT, "--resume"]
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """SIGINT means something even where these tests run in the background, whose jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("sources")

@@ -297,8 +297,11 @@ def test_missing_kernels_are_initialised(name, whole, tmp_path):
     for key, value in found.items():
         if key.endswith("log_amplitude") or key.endswith("norm_factor"):
             assert (value == 0).all(), key
+        elif key.endswith("decay"):
+            memories = 1 / torch.sigmoid(5 * value)
+            assert 1.5 < memories.min() < 2 and 5e3 < memories.max() < 1e4, key
         else:
-            expected = 0.5 * 16**-0.25 if key.endswith("w1") else 0.02
+            expected = 0.25 * 16**-0.25 if key.endswith("w1") else 0.02
             assert abs(value.std() - expected) < 0.1 * expected, key
 
 
