@@ -18,7 +18,7 @@ from flexdistill.attention_modes import softmax_mode
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator
 from flexdistill.pipeline import STAGE_CLASSES
-from flexdistill.recipe import Recipe
+from flexdistill.recipe import STAGES, Recipe
 from flexdistill.tables import print_table
 
 SHAPE = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
@@ -36,28 +36,37 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, default=20, help="rows of the profile")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    results = [measure(arguments, decay) for decay in (False, True)]
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    ways = [{"decay": False, "compile": False}, {"decay": True, "compile": False}]
+    ways += [{"decay": decay, "compile": True} for decay in (False, True) if not arguments.tiny]
+    results = []
+    for way in ways:
+        results.append(measure(arguments, **way))
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     for result in results:
         for stage in result["stages"]:
-            print(f"\ndecay {result['decay']}, {stage['name']}: {stage['launches']} launches, ms on the device:")
+            way = f"decay {result['decay']}, compiled {result['compile']}"
+            print(f"\n{way}, {stage['name']}: {stage['launches']} launches, ms on the device:")
             print_table(["kernel", "ms", "times"], stage["profile"])
-    columns = ["decay", "stage", "ms per step", "tokens/s", "over the teacher's layers", "ms on the device"]
+    figures = ("name", "ms", "tokens_per_s", "ratio", "device_ms")
+    columns = ["decay", "compiled", "stage", "ms per step", "tokens/s", "over the teacher's layers", "ms on the device"]
     print_table(
         columns,
         [
-            [result["decay"], *(stage[name] for name in ("name", "ms", "tokens_per_s", "ratio", "device_ms"))]
+            [
+                result["decay"],
+                result["compile"],
+                *(stage[name] for name in ("name", "ms", "tokens_per_s", "ratio", "device_ms")),
+            ]
             for result in results
             for stage in result["stages"]
         ],
     )
 
 
-def measure(arguments: argparse.Namespace, decay: bool) -> dict:
+def measure(arguments: argparse.Namespace, decay: bool, compile: bool) -> dict:
     torch.manual_seed(0)
-    recipe = Recipe.load("smollm2").override(
-        {"kernel.decay": decay} | ({"precision": "fp32"} if arguments.tiny else {})
-    )
+    settings = {"kernel.decay": decay} | {f"{stage}.compile": compile for stage in STAGES}
+    recipe = Recipe.load("smollm2").override(settings | ({"precision": "fp32"} if arguments.tiny else {}))
     accelerator = make_accelerator(recipe.precision)
     model = LlamaForCausalLM(LlamaConfig(**(TINY if arguments.tiny else SHAPE)))
     student = apply_plan(model, make_plan(model, recipe.kernel)).to(accelerator.device)
@@ -69,7 +78,14 @@ def measure(arguments: argparse.Namespace, decay: bool) -> dict:
             student.base_model(input_ids=tokens)
 
     teacher_ms = median_ms(forward, arguments.steps)
-    result = {"decay": decay, "batch": size, "torch": torch.__version__, "teacher_ms": teacher_ms, "stages": []}
+    result = {
+        "decay": decay,
+        "compile": compile,
+        "batch": size,
+        "torch": torch.__version__,
+        "teacher_ms": teacher_ms,
+        "stages": [],
+    }
     result["device"] = torch.cuda.get_device_name() if tokens.is_cuda else "cpu"
     for name in ("attention_transfer", "logit_distillation"):
         stage = STAGE_CLASSES[name](student, getattr(recipe, name), accelerator)

@@ -25,10 +25,11 @@ _KERNEL = (
     "keep_layers",
     "keep_softmax",
 )
+_STAGE_SETTINGS = ("batch_size", "micro_batch_size", "max_memory", "compile")
 _STAGES = ("attention_transfer", "logit_distillation", "label_training")
 RECIPE_SETTINGS = {
     **{name: [f"kernel.{name}"] for name in _KERNEL},
-    **{name: [f"{stage}.{name}" for stage in _STAGES] for name in ("batch_size", "micro_batch_size", "max_memory")},
+    **{name: [f"{stage}.{name}" for stage in _STAGES] for name in _STAGE_SETTINGS},
     **{name: [name] for name in ("seed", "precision", "trust_remote_code")},
     "sequence_length": ["data.sequence_length"],
     "attention_steps": ["attention_transfer.steps"],
@@ -84,6 +85,7 @@ Parallel = Annotated[str | None, training_option(metavar="ddp|fsdp", help="Whole
 GradientCheckpointing = Annotated[
     bool | None, training_option("--gradient-checkpointing", help="Run layers twice, and keep their inputs only.")
 ]
+Compile = Annotated[bool | None, training_option("--compile", help="Compile the model's layers with Inductor.")]
 MaxMemory = Annotated[str | None, training_option(metavar="20GiB", help="Picks --micro-batch-size by a GPU's memory.")]
 NumProcesses = Annotated[int | None, training_option(metavar="N", help="Processes to launch, one per GPU.")]
 Trackers = Annotated[str | None, training_option(metavar="NAMES", help="tensorboard, trackio, wandb, beside the logs.")]

@@ -10,6 +10,7 @@ import typer
 from .cli_options import (
     BatchSize,
     Checkpoint,
+    Compile,
     Component,
     Data,
     Debug,
@@ -87,6 +88,7 @@ def train(
     batch_size: BatchSize = None,
     micro_batch_size: MicroBatchSize = None,
     max_memory: MaxMemory = None,
+    compile: Compile = None,
     num_processes: NumProcesses = None,
     eval_data: EvalData = None,
     seed: Seed = None,

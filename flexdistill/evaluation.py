@@ -118,7 +118,7 @@ def _evaluate(modes: dict, sequences: torch.Tensor, batch_size: int, accelerator
             reference, teacher_hidden = None, None
             for row, (name, (model, mode)) in enumerate(modes.items()):
                 split = SplitModel(model)
-                with mode(), count_guards() as guards:
+                with mode(), count_guards(accelerator.device) as guards:
                     hidden = split.hidden(batch).flatten(0, 1)
                 if name == TEACHER:
                     reference, teacher_hidden = split, hidden

@@ -15,7 +15,7 @@ from .distill.documents import DocumentMasks
 from .distill.embeddings import has_tied_embeddings
 from .distill.heads import SplitModel
 from .distill.labels import LabelTraining
-from .distill.memory import checkpointed_layers
+from .distill.memory import repeated_layers
 from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
 from .packing import cut, pack, separator_of, split_held_out
@@ -76,12 +76,16 @@ def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerat
         raise FlexdistillError(
             "--max-memory measures a GPU's memory and there is none; set --micro-batch-size instead."
         )
+    if any(stage.compile for stage in recipe.stages.values()):
+        if not on_gpu:  # in torch 2.13, what Inductor makes of linear attention's gradients for CPUs is wrong
+            raise FlexdistillError("--compile is for GPUs and there is none; leave it out.")
+        repeated_layers(model)
     if not logits.steps:
         return
     if not on_gpu and logits.cpu_offload:
         raise FlexdistillError("cpu_offload moves weights off a GPU and there is none; remove it.")
     if logits.gradient_checkpointing or logits.parallel == "fsdp":
-        checkpointed_layers(model)
+        repeated_layers(model)
     if logits.parallel != "fsdp":
         return
     if accelerator.mixed_precision == "fp16":

@@ -43,6 +43,9 @@ class StageRecipe(Section):
     max_memory: Bytes | None = Field(
         None, gt=0, description="bytes of a GPU, such as 20GiB, that micro-batches are made to fit; None: no trial"
     )
+    compile: bool = Field(
+        False, description="compile the model's layers with Inductor: steps are shorter, the first by far longer"
+    )
     optimizer: Literal["adam", "adamw"]
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="what follows the warm-up")

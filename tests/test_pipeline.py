@@ -133,6 +133,7 @@ def test_two_processes_equal_one(sources, tmp_path, parallel):
     ("settings", "message"),
     [
         ({"attention_transfer.max_memory": "1GiB"}, "--max-memory measures a GPU's memory and there is none"),
+        ({"label_training.steps": 1, "label_training.compile": True}, "--compile is for GPUs and there is none"),
         ({"logit_distillation.parallel": "fsdp", "logit_distillation.cpu_offload": True}, "cpu_offload moves weights"),
     ],
 )

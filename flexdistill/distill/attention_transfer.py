@@ -21,6 +21,7 @@ from ..losses import (
 )
 from ..recipe import AttentionTransferRecipe
 from ..runtime.attention import attention_weights
+from .compilation import layers_compiled, maybe_compiled
 from .optimizers import make_optimizer
 from .stage import StepLosses, feature_maps, kernel_parameters, trainable
 from .throughput import kernel_flops, softmax_flops, weight_flops
@@ -48,6 +49,7 @@ class AttentionTransfer:
         self.optimizer = make_optimizer(recipe, [kernels], betas=(0.9, 0.999))
         self.scaler = torch.amp.GradScaler(enabled=False)  # kernels are differentiated in float32 alone
         self.states = {}
+        self._compare = maybe_compiled(self._compare_rows, recipe.compile)
         self._losses: list[tuple[str, StepLosses]] = []  # a module that several layers share comes several times
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -60,7 +62,8 @@ class AttentionTransfer:
 
     @contextlib.contextmanager
     def active(self):
-        with trainable(self.model, set(self.trained())), attention_function(self.model, self._attend):
+        layers = layers_compiled(self.model, self.recipe.compile)
+        with trainable(self.model, set(self.trained())), attention_function(self.model, self._attend), layers:
             yield
 
     def backward(self, sequences: torch.Tensor) -> StepLosses:
@@ -83,6 +86,7 @@ class AttentionTransfer:
     def finish(self) -> None:
         """Nothing is left to do: kernels are trained in place."""
 
+    @torch.compiler.disable  # layers may be compiled around it, and what it differentiates on its own
     def _attend(self, call: AttentionCall) -> torch.Tensor:
         if call.feature_map is None:
             return call.softmax()
@@ -91,17 +95,18 @@ class AttentionTransfer:
             teacher = []
             for document in sequence:
                 with torch.autocast(call.query.device.type, enabled=False), torch.enable_grad():
-                    rows = attention_rows(document)
-                    loss = self._layer_loss(rows, document.visible())
+                    loss, output = self._compare(document)
                     loss.total.backward()
                 losses.append(loss.detach())
-                teacher.append(rows.teacher.detach().to(call.query.dtype))
+                teacher.append(output.to(call.query.dtype))
             outputs.append(torch.cat(teacher, dim=2))
         self._losses.append((self._layers[call.module], sum(losses[1:], losses[0])))
         return torch.cat(outputs).transpose(1, 2).contiguous()
 
-    def _layer_loss(self, rows: AttentionRows, visible: torch.Tensor | None) -> StepLosses:
-        recipe = self.recipe
+    def _compare_rows(self, call: AttentionCall) -> tuple[StepLosses, torch.Tensor]:
+        """A layer's losses, and the teacher's attention output (B, H, T, D)."""
+        recipe, visible = self.recipe, call.visible()
+        rows = attention_rows(call)
         cross_entropy, count = over_queries(rows.cross_entropy, visible)
         entropy, _ = over_queries(rows.entropy, visible)
         error, _ = relative_output_error(rows.teacher, rows.student, visible)
@@ -111,7 +116,7 @@ class AttentionTransfer:
             mass, _ = limited_negative_mass(rows.negative_mass, visible)
             total = total + self._negative_mass_weight * mass
             parts["negative_mass"] = mass
-        return StepLosses(total, count, parts)
+        return StepLosses(total, count, parts), rows.teacher.detach()
 
 
 def attention_rows(call: AttentionCall) -> AttentionRows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..losses import label_loss
 from ..recipe import LabelTrainingRecipe
+from .compilation import layers_compiled
 from .heads import SplitModel, backward_in_pieces
 from .logits import BETAS, next_tokens, positions_per_piece
 from .optimizers import make_optimizer, model_groups
@@ -37,8 +40,10 @@ class LabelTraining:
         """A forward and a backward pass."""
         return 3 * (weight_flops(self.model) + kernel_flops(self.model))
 
+    @contextlib.contextmanager
     def active(self):
-        return trainable(self.model, set(self._trained))
+        with trainable(self.model, set(self._trained)), layers_compiled(self.model, self.recipe.compile):
+            yield
 
     def backward(self, sequences: torch.Tensor) -> StepLosses:
         labels = next_tokens(sequences).flatten()

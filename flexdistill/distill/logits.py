@@ -17,6 +17,7 @@ from ..attention_modes import softmax_mode
 from ..errors import FlexdistillError
 from ..losses import hidden_state_error, kl_divergence, label_loss
 from ..recipe import LogitDistillationRecipe, LoraRecipe
+from .compilation import layers_compiled, maybe_compiled
 from .heads import SplitModel, backward_in_pieces
 from .memory import gradient_checkpointing, round_linear_weights
 from .optimizers import make_optimizer, model_groups
@@ -65,6 +66,7 @@ class LogitDistillation:
         self._trained = kernels | weights
         self.optimizer = make_optimizer(recipe, model_groups(model, self._trained, recipe), BETAS)
         self.clip_groups = [list(self._trained.values())]
+        self._kl_divergence = maybe_compiled(kl_divergence, recipe.compile)
         self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
         self.states = {"gradient_scaler": self.scaler}
 
@@ -81,8 +83,11 @@ class LogitDistillation:
     def active(self):
         teacher = softmax_mode(self._own_teacher) if self._own_teacher is not None else contextlib.nullcontext()
         saving = gradient_checkpointing(self.model) if self.recipe.gradient_checkpointing else contextlib.nullcontext()
-        with trainable(self.model, set(self._trained)), teacher, saving:
-            yield
+        with contextlib.ExitStack() as compiled:
+            for model in {self.model, self._teacher.model}:
+                compiled.enter_context(layers_compiled(model, self.recipe.compile))
+            with trainable(self.model, set(self._trained)), teacher, saving:
+                yield
 
     def backward(self, sequences: torch.Tensor) -> StepLosses:
         recipe = self.recipe
@@ -108,7 +113,7 @@ class LogitDistillation:
                 with torch.no_grad(), adapters_disabled(self._teacher.model):
                     teacher_logits = self._teacher.logits(teacher_hidden[part])
                 logits = self._student.logits(part_hidden)
-                kl, _ = kl_divergence(logits, teacher_logits, mask[part], recipe.temperature)
+                kl, _ = self._kl_divergence(logits, teacher_logits, mask[part], recipe.temperature)
                 parts["kl"] = parts["kl"] + kl.detach()
                 if not recipe.label_weight:
                     return kl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -36,22 +36,36 @@ def gradient_checkpointing(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         FlexdistillError: if transformers does not say what the model's layers are.
     """
-    layers = checkpointed_layers(model)
+    with layers_wrapped(model, lambda forward: partial(checkpoint, forward, use_reentrant=False)):
+        yield
+
+
+@contextlib.contextmanager
+def layers_wrapped(model: PreTrainedModel, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside the context every layer runs what `wrap` makes of its forward pass.
+
+    Raises:
+        FlexdistillError: if transformers does not say what the model's layers are.
+    """
+    layers = repeated_layers(model)
+    before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = wrap(layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
-def checkpointed_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that gradient checkpointing and sharding take apart."""
+def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that gradient checkpointing, sharding and compilation take one by one."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise FlexdistillError(
-            f"transformers does not mark the layers of {type(model).__name__}, so they can be neither recomputed nor "
-            "sharded; leave --gradient-checkpointing and --parallel fsdp out."
+            f"transformers does not mark the layers of {type(model).__name__}, so they cannot be recomputed, sharded "
+            "or compiled one by one; leave --gradient-checkpointing, --parallel fsdp and --compile out."
         )
     return layers

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from ..attention_modes import BASE_FORWARD
-from .memory import checkpointed_layers
+from .memory import repeated_layers
 
 
 def sharded_copy(model: PreTrainedModel, accelerator: Accelerator, *, cpu_offload: bool = False) -> PreTrainedModel:
@@ -38,7 +38,7 @@ def sharded_copy(model: PreTrainedModel, accelerator: Accelerator, *, cpu_offloa
     model = copy.deepcopy(model)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     settings = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy()}
-    for layer in checkpointed_layers(model):
+    for layer in repeated_layers(model):
         fully_shard(layer, **settings)
     # what is outside of the layers stays gathered from the base model's run until the head's last piece
     fully_shard(model, reshard_after_forward=False, **settings)

@@ -83,10 +83,10 @@ class Stage(Protocol):
 
 def backward_counting_guards(stage: Stage, sequences: torch.Tensor) -> StepLosses:
     """`stage.backward`, whose parts also tell the share of attention rows that the guard changed."""
-    with count_guards() as guards:
+    with count_guards(sequences.device) as guards:
         losses = stage.backward(sequences)
-    if guards.rows:
-        losses.parts["guarded_rows"] = torch.as_tensor(guards.guarded / guards.rows) * losses.count
+    # without a converted layer there are no rows, nor guarded ones
+    losses.parts["guarded_rows"] = guards.guarded / guards.rows.clamp_min(1) * losses.count
     return losses
 
 

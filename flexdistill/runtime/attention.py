@@ -20,16 +20,17 @@ _guard_counters: list["GuardCounter"] = []
 
 @dataclass
 class GuardCounter:
-    """Rows whose denominator the guard raised, out of all rows, while `count_guards` is active."""
+    """Rows whose denominator the guard raised, out of all rows, while `count_guards` is active: int64 scalars."""
 
-    guarded: torch.Tensor | int = 0
-    rows: int = 0
+    guarded: torch.Tensor
+    rows: torch.Tensor
 
 
 @contextlib.contextmanager
-def count_guards():
-    """Counts guarded rows of all Flexformer attention inside the context."""
-    counter = GuardCounter()
+def count_guards(device: torch.device | str = "cpu"):
+    """Counts guarded rows of all Flexformer attention on `device` inside the context."""
+    # tensors, because compiled attention would be compiled again for every value of a number
+    counter = GuardCounter(*torch.zeros(2, dtype=torch.int64, device=device).unbind())
     _guard_counters.append(counter)
     try:
         yield counter
@@ -313,7 +314,7 @@ def count_guarded(guarded: torch.Tensor) -> None:
     """Adds rows, True where the guard raised the denominator, to the active counters."""
     for counter in _guard_counters:
         counter.guarded = counter.guarded + guarded.sum()
-        counter.rows += guarded.numel()
+        counter.rows = counter.rows + guarded.numel()
 
 
 def _per_state_head(value: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
