@@ -55,7 +55,7 @@ def main() -> None:
             [
                 result["decay"],
                 result["compile"],
-                *(stage[name] for name in ("name", "ms", "tokens_per_s", "ratio", "device_ms")),
+                *(stage[name] for name in figures),
             ]
             for result in results
             for stage in result["stages"]

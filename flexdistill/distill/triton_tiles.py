@@ -1,19 +1,9 @@
 """Tiles of attention transfer: what its kernels load, weigh and compare of a block of queries and a block of keys."""
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("Attention transfer in linear memory needs triton.") from error
+import triton
+import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def finite(maximum):
-    """Zero in place of the maximum of no keys, so that exp2(-inf - maximum) is 0 and not NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
+from ..runtime.triton_features import LN2, LOG2E, finite  # noqa: F401
 
 
 @triton.jit
@@ -23,39 +13,42 @@ def head_of(X, pair, LENGTH, SIZE):
 
 
 @triton.jit
+def inside(index, LENGTH):
+    """Which positions there are; a window that is no multiple of the tile makes tiles begin before the first."""
+    return (index >= 0) & (index < LENGTH)
+
+
+@triton.jit
 def load_tokens(X, index, LENGTH, SIZE, BLOCK: tl.constexpr):
     """Tokens as rows: (TILE, BLOCK)."""
     d = tl.arange(0, BLOCK)
-    return tl.load(X + index[:, None] * SIZE + d[None, :], (index < LENGTH)[:, None] & (d < SIZE)[None, :], 0.0)
+    return tl.load(X + index[:, None] * SIZE + d[None, :], inside(index, LENGTH)[:, None] & (d < SIZE)[None, :], 0.0)
 
 
 @triton.jit
-def kept_after(RATE, age, F, BLOCK_F: tl.constexpr):
-    """What features of tokens keep over each token's age: (TILE, BLOCK_F)."""
-    f = tl.arange(0, BLOCK_F)
-    return tl.exp2(-age.to(tl.float32)[:, None] * tl.load(RATE + f, f < F, 0.0)[None, :] * LOG2E)
-
-
-@triton.jit
-def load_features(X, index, LENGTH, F, RATE, age, TILE: tl.constexpr, BLOCK_F: tl.constexpr, DECAY: tl.constexpr):
-    """Features of tokens as rows: (TILE, BLOCK_F)."""
+def load_features(
+    X, index, LENGTH, F, RATE, blocks, BLOCK_F: tl.constexpr, DECAY: tl.constexpr, DECAY_BLOCK: tl.constexpr
+):
+    """Features of tokens as rows (TILE, BLOCK_F), after so many more blocks of decay."""
     x = load_tokens(X, index, LENGTH, F, BLOCK_F)
     if DECAY:
-        # pairs that nobody sees could grow without limit
-        x *= kept_after(RATE, tl.maximum(age, -TILE), F, BLOCK_F)
+        f = tl.arange(0, BLOCK_F)
+        # less than none would be pairs that nobody sees
+        age = (tl.maximum(blocks, 0) * DECAY_BLOCK).to(tl.float32)
+        x = (x * tl.exp2(-age * tl.load(RATE + f, f < F, 0.0) * LOG2E)[None, :]).to(x.dtype)
     return x
 
 
 @triton.jit
 def store_tokens(X, x, index, LENGTH, SIZE, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
-    tl.store(X + index[:, None] * SIZE + d[None, :], x, (index < LENGTH)[:, None] & (d < SIZE)[None, :])
+    tl.store(X + index[:, None] * SIZE + d[None, :], x, inside(index, LENGTH)[:, None] & (d < SIZE)[None, :])
 
 
 @triton.jit
 def seen_pairs(VISIBLE, row, column, LENGTH, DELAY, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
     """Which keys (columns) queries (rows) see, if they see them `DELAY` positions late; a tile or a transposed one."""
-    valid = column < LENGTH
+    valid = inside(column, LENGTH)
     if MASKED:
         valid = valid & (tl.load(VISIBLE + column, valid, 0) != 0)
     seen = (row < LENGTH) & valid
@@ -82,5 +75,5 @@ def products(x, y, PRECISION: tl.constexpr):
 @triton.jit
 def far_weights(LOG_WEIGHT, row_maximum, column, far, LENGTH):
     """The keys' weights exp(w_j - m_i); 0 where a key is not far."""
-    log_weight = tl.load(LOG_WEIGHT + column, column < LENGTH, float("-inf"))
+    log_weight = tl.load(LOG_WEIGHT + column, inside(column, LENGTH), float("-inf"))
     return tl.exp2(tl.where(far, (log_weight - row_maximum) * LOG2E, float("-inf")))

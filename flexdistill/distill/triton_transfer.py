@@ -9,15 +9,12 @@ student's weight is
 with w the keys' log-weights and m_i the largest among a row's far keys. Logits, shifts and sums of logarithms are in
 units of log 2, log-weights in natural ones. All tensors are contiguous, so a head is a matrix with one token per row.
 
-Features that decay are relative to the first token of the tile that a program keeps: the queries' shrink from there on,
-and the keys' up to there.
+Features that decay come relative to the middle of their block of DECAY_BLOCK positions, where a key stands WINDOW
+later than its token. So a pair's features lack only the decay between their two blocks, and tiles of keys are aligned.
 """
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("Attention transfer in linear memory needs triton.") from error
+import triton
+import triton.language as tl
 
 from .triton_tiles import (
     LN2,
@@ -26,7 +23,7 @@ from .triton_tiles import (
     far_weights,
     finite,
     head_of,
-    kept_after,
+    inside,
     load_features,
     load_tokens,
     products,
@@ -42,7 +39,7 @@ def forward_kernel(
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, GUARD, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, CALIBRATED: tl.constexpr, MASKED: tl.constexpr,
-    DECAY: tl.constexpr, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both outputs and, per row, the losses and the statistics that the backward pass needs.
 
@@ -62,12 +59,11 @@ def forward_kernel(
     VISIBLE += batch * LENGTH
 
     row = start + tl.arange(0, QUERIES)
-    inside = row < LENGTH
+    exists = row < LENGTH
     query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
     RATE += state_pair % STATE_HEADS * F
-    Q_FEATURES = head_of(Q_FEATURES, pair, LENGTH, F)
-    q_features = load_features(Q_FEATURES, row, LENGTH, F, RATE, row - start, QUERIES, BLOCK_F, DECAY)
-    row_maximum = tl.load(head_of(ROW_MAXIMUM, state_pair, LENGTH, 1) + row, inside, float("-inf"))
+    q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+    row_maximum = tl.load(head_of(ROW_MAXIMUM, state_pair, LENGTH, 1) + row, exists, float("-inf"))
     scale = finite(row_maximum)
     end = tl.minimum(start + QUERIES, LENGTH) if CAUSAL else LENGTH
 
@@ -75,7 +71,7 @@ def forward_kernel(
     near_maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
     total, near_total = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
     far_total, bound = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
-    for first in range(0, end, KEYS):
+    for first in range(-(WINDOW % KEYS), end, KEYS):
         column = first + tl.arange(0, KEYS)
         seen = seen_pairs(VISIBLE, row[:, None], column[None, :], LENGTH, 0, CAUSAL, MASKED)
         key = load_tokens(K, column, LENGTH, D, BLOCK_D)
@@ -86,12 +82,12 @@ def forward_kernel(
         if WINDOWED:
             far = seen & (row[:, None] - column[None, :] >= WINDOW)
             near_maximum, near_total = add_softmax(tl.where(far, float("-inf"), logits), near_maximum, near_total)
-        age = start - WINDOW - column
-        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, age, QUERIES, BLOCK_F, DECAY)
+        blocks = start // DECAY_BLOCK - (first + WINDOW) // DECAY_BLOCK
+        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, blocks, BLOCK_F, DECAY, DECAY_BLOCK)
         weight = far_weights(LOG_WEIGHT, scale[:, None], column[None, :], far, LENGTH)
         far_total += tl.sum(products(q_features, k_features, PRECISION) * weight, 1)
         if SIGNED:
-            bound += tl.sum(weight * tl.load(K_NORM + column, column < LENGTH, 0.0)[None, :], 1)
+            bound += tl.sum(weight * tl.load(K_NORM + column, inside(column, LENGTH), 0.0)[None, :], 1)
 
     log_sum = finite(maximum) + tl.log2(tl.where(total > 0, total, 1.0))
     least = GUARD
@@ -105,7 +101,7 @@ def forward_kernel(
     far_scale = tl.full((QUERIES,), 1.0, tl.float32)
     if WINDOWED:
         # logarithm of the kernel part's weight against the window's; the larger of the two is scaled to 1
-        mix = tl.load(head_of(MIX, pair, LENGTH, 1) + row, inside, 0.0)
+        mix = tl.load(head_of(MIX, pair, LENGTH, 1) + row, exists, 0.0)
         if CALIBRATED:
             mix = (mix + row_maximum) * LOG2E - near_shift
         else:
@@ -122,7 +118,7 @@ def forward_kernel(
     negative, kept = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
     teacher = tl.zeros((QUERIES, BLOCK_V), tl.float32)
     student = tl.zeros((QUERIES, BLOCK_V), tl.float32)
-    for first in range(0, end, KEYS):
+    for first in range(-(WINDOW % KEYS), end, KEYS):
         column = first + tl.arange(0, KEYS)
         seen = seen_pairs(VISIBLE, row[:, None], column[None, :], LENGTH, 0, CAUSAL, MASKED)
         key = load_tokens(K, column, LENGTH, D, BLOCK_D)
@@ -131,8 +127,8 @@ def forward_kernel(
         far = seen
         if WINDOWED:
             far = seen & (row[:, None] - column[None, :] >= WINDOW)
-        age = start - WINDOW - column
-        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, age, QUERIES, BLOCK_F, DECAY)
+        blocks = start // DECAY_BLOCK - (first + WINDOW) // DECAY_BLOCK
+        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, blocks, BLOCK_F, DECAY, DECAY_BLOCK)
         weight = far_weights(LOG_WEIGHT, scale[:, None], column[None, :], far, LENGTH) * far_scale[:, None]
         weight *= products(q_features, k_features, PRECISION)
         if WINDOWED:
@@ -149,29 +145,29 @@ def forward_kernel(
     store_tokens(head_of(TEACHER, pair, LENGTH, DV), teacher, row, LENGTH, DV, BLOCK_V)
     store_tokens(head_of(STUDENT, pair, LENGTH, DV), student, row, LENGTH, DV, BLOCK_V)
     ROWS = head_of(ROWS, pair, LENGTH, 1) + row
-    tl.store(ROWS, cross_entropy * LN2, inside)
-    tl.store(ROWS + TOKENS, entropy * LN2, inside)
-    tl.store(ROWS + 2 * TOKENS, negative, inside)
+    tl.store(ROWS, cross_entropy * LN2, exists)
+    tl.store(ROWS + TOKENS, entropy * LN2, exists)
+    tl.store(ROWS + 2 * TOKENS, negative, exists)
     STATISTICS = head_of(STATISTICS, pair, LENGTH, 1) + row
-    tl.store(STATISTICS, log_sum, inside)
-    tl.store(STATISTICS + TOKENS, far_scale, inside)
-    tl.store(STATISTICS + 2 * TOKENS, far_scale * far_total, inside)
-    tl.store(STATISTICS + 3 * TOKENS, kept, inside)
-    tl.store(STATISTICS + 4 * TOKENS, tl.where(guarded, bound if SIGNED else 1.0, 0.0), inside)
+    tl.store(STATISTICS, log_sum, exists)
+    tl.store(STATISTICS + TOKENS, far_scale, exists)
+    tl.store(STATISTICS + 2 * TOKENS, far_scale * far_total, exists)
+    tl.store(STATISTICS + 3 * TOKENS, kept, exists)
+    tl.store(STATISTICS + 4 * TOKENS, tl.where(guarded, bound if SIGNED else 1.0, 0.0), exists)
 
 
 @triton.jit
 def load_row_numbers(STATISTICS, GRADIENTS, row, TOKENS, LENGTH):
     """Of each row: its log-sum and far scale; the gradients of cross-entropy and negative mass, what the denominator
     takes off every gradient, and the gradient of the bound over the norm of a key."""
-    inside = row < LENGTH
+    exists = row < LENGTH
     return (
-        tl.load(STATISTICS + row, inside, 0.0),
-        tl.load(STATISTICS + TOKENS + row, inside, 0.0),
-        tl.load(GRADIENTS + row, inside, 0.0),
-        tl.load(GRADIENTS + TOKENS + row, inside, 0.0),
-        tl.load(GRADIENTS + 2 * TOKENS + row, inside, 0.0),
-        tl.load(GRADIENTS + 3 * TOKENS + row, inside, 0.0),
+        tl.load(STATISTICS + row, exists, 0.0),
+        tl.load(STATISTICS + TOKENS + row, exists, 0.0),
+        tl.load(GRADIENTS + row, exists, 0.0),
+        tl.load(GRADIENTS + TOKENS + row, exists, 0.0),
+        tl.load(GRADIENTS + 2 * TOKENS + row, exists, 0.0),
+        tl.load(GRADIENTS + 3 * TOKENS + row, exists, 0.0),
     )
 
 
@@ -201,8 +197,8 @@ def query_gradient_kernel(
     D_FEATURES, D_FAR,
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
-    DECAY: tl.constexpr, VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr, DECAY: tl.constexpr,
+    DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries' features, and of the logarithm of the far weights' common factor, denominator apart."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
@@ -218,8 +214,7 @@ def query_gradient_kernel(
     row = start + tl.arange(0, QUERIES)
     query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
     RATE += state_pair % STATE_HEADS * F
-    Q_FEATURES = head_of(Q_FEATURES, pair, LENGTH, F)
-    q_features = load_features(Q_FEATURES, row, LENGTH, F, RATE, row - start, QUERIES, BLOCK_F, DECAY)
+    q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
     d_student = load_tokens(head_of(D_STUDENT, pair, LENGTH, DV), row, LENGTH, DV, BLOCK_V)
     scale = finite(tl.load(head_of(ROW_MAXIMUM, state_pair, LENGTH, 1) + row, row < LENGTH, 0.0))[:, None]
     log_sum, far_scale, d_cross_entropy, d_negative, common, _ = load_row_numbers(
@@ -227,13 +222,13 @@ def query_gradient_kernel(
     )
     end = tl.minimum(start + QUERIES - WINDOW, LENGTH) if CAUSAL else LENGTH
     d_features, d_far = tl.zeros((QUERIES, BLOCK_F), tl.float32), tl.zeros((QUERIES,), tl.float32)
-    for first in range(0, end, KEYS):
+    for first in range(-(WINDOW % KEYS), end, KEYS):
         column = first + tl.arange(0, KEYS)
         far = seen_pairs(VISIBLE, row[:, None], column[None, :], LENGTH, WINDOW, CAUSAL, MASKED)
         key = load_tokens(K, column, LENGTH, D, BLOCK_D)
         value = load_tokens(V, column, LENGTH, DV, BLOCK_V).to(VALUE_DTYPE)
-        age = start - WINDOW - column
-        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, age, QUERIES, BLOCK_F, DECAY)
+        blocks = start // DECAY_BLOCK - (first + WINDOW) // DECAY_BLOCK
+        k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, blocks, BLOCK_F, DECAY, DECAY_BLOCK)
         logits = products(query, key, PRECISION) * SCALE
         by_weight = products(d_student, value, PRECISION)
         product = products(q_features, k_features, PRECISION)
@@ -247,8 +242,6 @@ def query_gradient_kernel(
         )
         if WINDOWED:
             d_far += tl.sum(by_log, 1)
-    if DECAY:
-        d_features *= kept_after(RATE, row - start, F, BLOCK_F)
     store_tokens(head_of(D_FEATURES, pair, LENGTH, F), d_features, row, LENGTH, F, BLOCK_F)
     if WINDOWED:
         tl.store(head_of(D_FAR, pair, LENGTH, 1) + row, d_far, row < LENGTH)
@@ -261,10 +254,10 @@ def key_gradient_kernel(
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr, DECAY: tl.constexpr,
-    VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the keys' features, their norms apart, and of these norms; a key map's query heads are summed."""
-    start, state_pair = tl.program_id(0) * KEYS, tl.program_id(1)
+    start, state_pair = tl.program_id(0) * KEYS - WINDOW % KEYS, tl.program_id(1)
     group = HEADS // STATE_HEADS
     batch, first_head = state_pair // STATE_HEADS, state_pair % STATE_HEADS * group
     kv_pair = batch * KV_HEADS + first_head // (HEADS // KV_HEADS)
@@ -276,8 +269,7 @@ def key_gradient_kernel(
     key = load_tokens(head_of(K, kv_pair, LENGTH, D), column, LENGTH, D, BLOCK_D)
     value = load_tokens(head_of(V, kv_pair, LENGTH, DV), column, LENGTH, DV, BLOCK_V).to(VALUE_DTYPE)
     RATE += state_pair % STATE_HEADS * F
-    K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
-    k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, start - column, KEYS, BLOCK_F, DECAY)
+    k_features = load_tokens(head_of(K_FEATURES, state_pair, LENGTH, F), column, LENGTH, F, BLOCK_F)
     begin = (start + WINDOW) // QUERIES * QUERIES if CAUSAL else 0
     d_features, d_norm = tl.zeros((KEYS, BLOCK_F), tl.float32), tl.zeros((KEYS,), tl.float32)
     tiles = tl.cdiv(tl.maximum(LENGTH - begin, 0), QUERIES)
@@ -286,8 +278,9 @@ def key_gradient_kernel(
         row = begin + step % tiles * QUERIES + tl.arange(0, QUERIES)
         far = seen_pairs(VISIBLE, row[None, :], column[:, None], LENGTH, WINDOW, CAUSAL, MASKED)
         query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
+        blocks = (begin + step % tiles * QUERIES) // DECAY_BLOCK - (start + WINDOW) // DECAY_BLOCK
         q_features = load_features(
-            head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, RATE, row - WINDOW - start, KEYS, BLOCK_F, DECAY
+            head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, RATE, blocks, BLOCK_F, DECAY, DECAY_BLOCK
         )
         d_student = load_tokens(head_of(D_STUDENT, pair, LENGTH, DV), row, LENGTH, DV, BLOCK_V)
         scale = finite(tl.load(ROW_MAXIMUM + row, row < LENGTH, 0.0))[None, :]
@@ -310,8 +303,6 @@ def key_gradient_kernel(
         )
         if SIGNED:
             d_norm += tl.sum(weight * d_bound, 1)
-    if DECAY:
-        d_features *= kept_after(RATE, start - column, F, BLOCK_F)
     store_tokens(head_of(D_FEATURES, state_pair, LENGTH, F), d_features, column, LENGTH, F, BLOCK_F)
     if SIGNED:
-        tl.store(head_of(D_NORM, state_pair, LENGTH, 1) + column, d_norm, column < LENGTH)
+        tl.store(head_of(D_NORM, state_pair, LENGTH, 1) + column, d_norm, inside(column, LENGTH))

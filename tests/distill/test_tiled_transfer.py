@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdistill.attention_modes import AttentionCall
 from flexdistill.distill import attention_transfer as attention_transfer_module
-from flexdistill.distill import tiled_transfer
+from flexdistill.distill import tiled_transfer, transfer_operators
 from flexdistill.distill.attention_transfer import attention_rows, is_tiled, quadratic_rows
 from flexdistill.distill.tiled_transfer import tiled_rows, transfer_loss
 from flexdistill.losses import AttentionRows, over_queries, relative_output_error
@@ -44,7 +44,8 @@ every_sight = pytest.mark.parametrize(
 def small_tiles(monkeypatch):
     """Several tiles at small sizes."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(tiled_transfer, "_TILES", ((16, 16),))
+        monkeypatch.setattr(transfer_operators, "TILES", ((16, 16),))
+        monkeypatch.setattr(transfer_operators, "DECAY_BLOCK", 16)
 
 
 def inputs(length, **settings):
@@ -127,7 +128,8 @@ def test_heads_that_share_keys(variant, component, key_heads):
     ("length", "window"), [(1, 0), (1, 1), (2, 1), (17, 0), (17, 16), (32, 0), (33, 1), (33, 40), (33, 16)]
 )
 def test_lengths(length, window, monkeypatch):
-    monkeypatch.setattr(tiled_transfer, "_TILES", ((32, 16),))
+    monkeypatch.setattr(transfer_operators, "TILES", ((32, 16),))
+    monkeypatch.setattr(transfer_operators, "DECAY_BLOCK", 32)
     feature_map = kernel("nonstationary", "hyperbolic", window=window).to(DEVICE)
     assert_same(feature_map, list(feature_map.parameters()), *inputs(length), least=1e-4)
 
@@ -283,8 +285,8 @@ def test_form_is_chosen_by_backend(monkeypatch):
 
 def test_tiles_shrink_until_they_fit():
     query = torch.empty(1, 1, 1, HEAD_DIM)
-    assert tiled_transfer._tiles(16, query, query, query) == tiled_transfer._TILES[0]
-    assert tiled_transfer._tiles(10**5, query, query, query) is None
+    assert transfer_operators.tiles(16, query.dtype, query, query, query) == transfer_operators.TILES[0]
+    assert transfer_operators.tiles(10**5, query.dtype, query, query, query) is None
 
 
 def test_inputs_have_no_gradient():
