@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=32, help="sequences per step, over all processes")
     parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3, help="steps that are not timed")
     parser.add_argument("--no-sharding", action="store_true", help="leave the memory of the 1B model out")
@@ -78,6 +79,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "steps": arguments.steps,
         "warmup": arguments.warmup,
     }
+    case["settings"]["compile"] = arguments.compile
     if arguments.tiny:
         case |= {"settings": {"batch_size": 4, "micro_batch_size": 1}, "length": 64, "steps": 4, "warmup": 2}
     content = {"case": case, "torch": torch.__version__, "runs": []}

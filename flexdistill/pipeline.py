@@ -23,13 +23,13 @@ from .devices import make_accelerator, peak_memory_bytes
 from .distill.attention_transfer import AttentionTransfer
 from .distill.averaging import use_final_weights
 from .distill.checkpoints import Checkpoint, Checkpoints
-from .distill.documents import DocumentMasks
 from .distill.embeddings import retie, untie
 from .distill.labels import LabelTraining
 from .distill.layer_selection import choose_layers
 from .distill.logits import LogitDistillation
 from .distill.loop import run_stage
 from .distill.measurement import measure_kernels
+from .distill.placement import make_placement
 from .distill.stage import kernel_parameters
 from .evaluation import compare_models
 from .export import export
@@ -138,7 +138,7 @@ def run_stages(
     recipes = recipe.stages
     order = _orders(recipes, sequences, recipe.seed)
     tied = untie(student) if recipe.tied_embeddings != "tied" else {}
-    masks = DocumentMasks(student, sequences.separator) if recipe.data.document_masks else None
+    placement = make_placement(recipe.data, student, sequences.separator)
     if "attention_transfer" in recipes and not kernel_parameters(student):
         del recipes["attention_transfer"]
         if accelerator.is_main_process:
@@ -178,7 +178,7 @@ def run_stages(
         tokens_before = sum(summary["tokens"] for summary in summaries)
         with stage_progress(name, recipes[name].steps, start_step, enabled=accelerator.is_main_process) as update:
             for start, stop in _spans(start_step, recipes[name].steps, pause_every):
-                with masks.active() if masks else contextlib.nullcontext():
+                with placement.active() if placement else contextlib.nullcontext():
                     result = run_stage(
                         stage,
                         recipes[name],
@@ -203,8 +203,8 @@ def run_stages(
         summaries.append(result)
         if accelerator.is_main_process:
             write_json(summary, result)
-    if masks:
-        masks.remove()
+    if placement:
+        placement.remove()
     if recipe.tied_embeddings == "retied":
         retie(student, tied)
     return summaries

@@ -68,6 +68,12 @@ class DataRecipe(TextRecipe):
     document_masks: bool = Field(
         False, description="while training, attention and positions begin anew after each end-of-text token"
     )
+    position_range: int | None = Field(
+        None,
+        ge=2,
+        description="positions that training sequences are spread over, so that kernels learn more than the first of "
+        "them; None: each sequence begins at 0",
+    )
     cache: bool | str = Field(
         True, description="folder of the token cache; true: flexdistill/tokens under HF_HOME; false: no cache"
     )

@@ -694,3 +694,14 @@ def test_documents_are_kept_apart(sources, tmp_path):
     with pytest.raises(FlexdistillError, match="BertForMaskedLM lets documents .* see each other"):
         convert(make_recipe(sources, "bert", **settings), tmp_path / "bert")
     assert not (tmp_path / "bert.partial").exists()
+
+
+def test_positions_are_spread(sources, tmp_path):
+    settings = {"data.position_range": 400}
+    spread = convert(make_recipe(sources, **settings), tmp_path / "spread")
+    assert Recipe.load(tmp_path / "spread" / "recipe.yaml").data.position_range == 400
+    at_start = convert(make_recipe(sources), tmp_path / "start")
+    assert spread["rows"][0] == at_start["rows"][0] and spread["rows"][1] != at_start["rows"][1]
+    with pytest.raises(FlexdistillError, match="data.position_range is 8, and training sequences have"):
+        convert(make_recipe(sources, **{"data.position_range": 8}), tmp_path / "short")
+    assert not (tmp_path / "short.partial").exists()

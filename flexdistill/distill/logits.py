@@ -25,8 +25,8 @@ from .sharding import free_gathered, gather_into, sharded_copy
 from .stage import StepLosses, feature_maps, first_non_finite_module, kernel_parameters, trainable
 from .throughput import kernel_flops, softmax_flops, weight_flops
 
-# logits held at once, of teacher and student each
-LOGITS_PER_PIECE = 2**25
+# logits held at once, of teacher and student each; a GPU waits for whoever sends it small pieces
+LOGITS_PER_PIECE = {"cpu": 2**25, "cuda": 2**27}
 # of Adam and AdamW where all weights are trained
 BETAS = (0.9, 0.95)
 
@@ -168,7 +168,8 @@ class LogitDistillation:
 
 def positions_per_piece(model: PreTrainedModel) -> int:
     """Positions whose logits over the model's vocabulary are held at once."""
-    return max(1, LOGITS_PER_PIECE // model.get_output_embeddings().weight.shape[0])
+    weight = model.get_output_embeddings().weight
+    return max(1, LOGITS_PER_PIECE.get(weight.device.type, LOGITS_PER_PIECE["cpu"]) // weight.shape[0])
 
 
 def next_tokens(sequences: torch.Tensor) -> torch.Tensor:
