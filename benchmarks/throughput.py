@@ -33,14 +33,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after three that are not")
+    ways = ["plain", "decay", "compiled", "compiled+decay"]
+    parser.add_argument("--ways", nargs="+", default=ways, choices=ways)
     parser.add_argument("--kernels", type=int, default=20, help="rows of the profile")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    ways = [{"decay": False, "compile": False}, {"decay": True, "compile": False}]
-    ways += [{"decay": decay, "compile": True} for decay in (False, True) if not arguments.tiny]
     results = []
-    for way in ways:
-        results.append(measure(arguments, **way))
+    for way in arguments.ways:
+        results.append(measure(arguments, decay="decay" in way, compile="compiled" in way))
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     for result in results:
         for stage in result["stages"]:
