@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from tests.test_benchmarks import FOLDER, run_script
 from tests.tiny import save_tiny
 
-WORDS = "the a cat dog eats sees big small well never".split()
+WORDS = ["the", "a", "cat", "dog", "eats", "sees", "big", "small", "well", "never"]
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
 
 
