@@ -17,7 +17,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from glue_tasks import TASKS, Task, load_rows
+from glue_tasks import MULTIPLE, TASKS, Task, load_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -123,7 +123,7 @@ class Classification:
             logits = self.model(input_ids=sequences[:, 1:]).logits
         loss = torch.nn.functional.cross_entropy(logits.float(), sequences[:, 0], reduction="sum")
         loss.backward()
-        return StepLosses(loss.detach(), torch.tensor(float(len(sequences)), device=loss.device))
+        return StepLosses(loss.detach(), loss.new_full((), len(sequences)))
 
     def flops_per_token(self, length: int) -> float:
         return 3 * (weight_flops(self.model) + kernel_flops(self.model))
@@ -250,12 +250,15 @@ class Benchmark:
 
 @contextlib.contextmanager
 def padding_by_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """The base model tells padding and the second text by the tokens alone, and cuts columns of padding off."""
+    """The base model tells padding and the second text by the tokens alone, and cuts columns of padding off.
+
+    What is left has a multiple of 16 columns, for matrix units and so that Triton compiles kernels of one kind.
+    """
 
     def read(base_model, args, kwargs):
         tokens = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]
         mask = tokens != tokenizer.pad_token_id
-        longest = int(mask.sum(1).max())
+        longest = -(-int(mask.sum(1).max()) // MULTIPLE) * MULTIPLE
         tokens, mask = tokens[:, :longest], mask[:, :longest]
         ends = tokens == tokenizer.sep_token_id
         second = (ends.cumsum(1) - ends.long()).clamp_max(1) * mask

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 # of the training examples, which are held out where a run does not touch the development set
 HELD_OUT = slice(0, None, 10)
+# columns of token rows
+MULTIPLE = 16
 
 Labels = Sequence[int]
 
@@ -71,11 +73,17 @@ def read_examples(folder: Path, task: Task, split: str) -> tuple[list[list[str]]
 
 
 def token_rows(examples: tuple[list[list[str]], list[int]], tokenizer: PreTrainedTokenizerBase, longest: int):
-    """Examples as rows (N, 1 + T) int64: the label, then at most `longest` tokens, padded to equal length."""
+    """Examples as rows (N, 1 + T) int64: the label, then tokens, padded to equal length.
+
+    Args:
+        longest: tokens after which a text or pair is cut; a multiple of 16, as T is.
+    """
     texts, labels = examples
     columns = [list(column) for column in zip(*texts, strict=True)]
-    tokens = tokenizer(*columns, padding=True, truncation=True, max_length=longest, return_tensors="pt")["input_ids"]
-    return torch.cat([torch.tensor(labels)[:, None], tokens], dim=1)
+    inputs = tokenizer(
+        *columns, padding=True, pad_to_multiple_of=MULTIPLE, truncation=True, max_length=longest, return_tensors="pt"
+    )
+    return torch.cat([torch.tensor(labels)[:, None], inputs["input_ids"]], dim=1)
 
 
 def load_rows(folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase, longest: int, *, held_out: bool):

@@ -82,12 +82,12 @@ def test_files(module, data, encoder):
             texts, labels = tasks.read_examples(data, tasks.TASKS[name], split)
             assert texts[0] == first and labels == [0, 1] * 10
     tokenizer = sources.load_tokenizer(sources.resolve_model(str(encoder)))
-    training, held_out = tasks.load_rows(data, tasks.TASKS["MRPC"], tokenizer, 12, held_out=True)
-    everything, dev = tasks.load_rows(data, tasks.TASKS["MRPC"], tokenizer, 12, held_out=False)
-    assert everything.equal(dev) and everything.shape == (20, 13)
+    training, held_out = tasks.load_rows(data, tasks.TASKS["MRPC"], tokenizer, 16, held_out=True)
+    everything, dev = tasks.load_rows(data, tasks.TASKS["MRPC"], tokenizer, 16, held_out=False)
+    assert everything.equal(dev) and everything.shape == (20, 17)
     assert held_out.equal(everything[[0, 10]]) and len(training) == 18
     # label, [CLS] the a cat [SEP] " of unknown words [SEP]
-    assert everything[0].tolist() == [0, 1, 4, 5, 6, 2, 3, 3, 5, 3, 2, 0, 0]
+    assert everything[0].tolist() == [0, 1, 4, 5, 6, 2, 3, 3, 5, 3, 2] + [0] * 6
 
 
 def test_padding_by_tokens(module, data, encoder):
@@ -98,13 +98,15 @@ def test_padding_by_tokens(module, data, encoder):
     texts = ["the cat", "a big dog sees"], ["dog sees well", "never"]
     inputs = tokenizer(*texts, padding=True, return_tensors="pt")
     inputs["token_type_ids"] = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]])
+    seen = inputs["attention_mask"].bool()
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
-        wider = torch.nn.functional.pad(inputs["input_ids"], (0, 3))
+        wider = torch.nn.functional.pad(inputs["input_ids"], (0, 24 - 8))
         with glue_models.padding_by_tokens(model, tokenizer):
-            assert model(wider).last_hidden_state.equal(expected)
-            assert model(input_ids=wider).last_hidden_state.equal(expected)
-        assert model(wider).last_hidden_state.shape[1] == 11
+            for found in (model(wider).last_hidden_state, model(input_ids=wider).last_hidden_state):
+                assert found.shape[1] == 16
+                torch.testing.assert_close(found[:, :8][seen], expected[seen])
+        assert model(wider).last_hidden_state.shape[1] == 24
 
 
 def test_runs(module, data, encoder, monkeypatch, capsys, tmp_path):
