@@ -14,13 +14,14 @@ missing only; so calls with other --tasks, --methods, --seeds may share a folder
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import json
 import multiprocessing
 import statistics
 import sys
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import fields
 from pathlib import Path
 
@@ -44,18 +45,27 @@ def rounds(tasks: list[str], methods: list[str], seeds: list[int], moved: list[s
     ]
 
 
-def measure_all(settings: Settings, runs: list[Run], processes: int) -> list[str]:
+@contextlib.contextmanager
+def workers(processes: int) -> Iterator[Executor]:
+    """That many processes; the own one for 1. What has not begun is given up at an interruption."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=spawn) if processes > 1 else ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def measure_all(settings: Settings, runs: list[Run], pool: Executor) -> list[str]:
     """Measures the runs that the folder lacks, side by side; returns the names of those that failed."""
+    futures = {pool.submit(measure, settings, run): run for run in runs if not settings.result(run).is_file()}
     failed = []
-    side_by_side = functools.partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
-    with (side_by_side if processes > 1 else ThreadPoolExecutor)(processes) as pool:
-        futures = {pool.submit(measure, settings, run): run for run in runs if not settings.result(run).is_file()}
-        for future in as_completed(futures):
-            if error := future.exception():  # the other runs go on
-                failed.append(futures[future].name)
-                print(f"{failed[-1]} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            else:
-                print(json.dumps(future.result()), file=sys.stderr, flush=True)
+    for future in as_completed(futures):
+        if error := future.exception():  # the other runs go on
+            failed.append(futures[future].name)
+            print(f"{failed[-1]} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        else:
+            print(json.dumps(future.result()), file=sys.stderr, flush=True)
     return failed
 
 
@@ -125,8 +135,9 @@ def main() -> None:
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     settings.begin()
     failed = []
-    for runs in rounds(arguments.tasks, arguments.methods, arguments.seeds, arguments.moved):
-        failed += measure_all(settings, runs, arguments.processes)
+    with workers(arguments.processes) as pool:
+        for runs in rounds(arguments.tasks, arguments.methods, arguments.seeds, arguments.moved):
+            failed += measure_all(settings, runs, pool)
     results = [json.loads(file.read_text()) for file in sorted(settings.folder.glob("runs/*.json"))]
     write_json(settings.folder / "results.json", {"settings": settings.to_dict(), "runs": results})
     print(table([result for result in results if result["kernel_task"] is None]))
