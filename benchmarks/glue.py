@@ -25,10 +25,10 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
+import models
 from glue_models import KERNELS, METHODS, SOFTMAX, Run, Settings, measure
 from glue_tasks import TASKS
 
-from flexdistill.storage import write_json
 from flexdistill.tables import markdown_table
 
 MOVED = ("nonstationary", "trigonometric", "hedgehog")
@@ -139,7 +139,7 @@ def main() -> None:
         for runs in rounds(arguments.tasks, arguments.methods, arguments.seeds, arguments.moved):
             failed += measure_all(settings, runs, pool)
     results = [json.loads(file.read_text()) for file in sorted(settings.folder.glob("runs/*.json"))]
-    write_json(settings.folder / "results.json", {"settings": settings.to_dict(), "runs": results})
+    models.write(settings.folder / "results.json", settings=settings.to_dict(), runs=results)
     print(table([result for result in results if result["kernel_task"] is None]))
     print(table([result for result in results if result["kernel_task"] is not None or result["method"] == SOFTMAX]))
     if failed:
