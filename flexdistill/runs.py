@@ -17,6 +17,7 @@ from .distill.checkpoints import Checkpoint, Checkpoints
 from .distill.interruption import Interruption
 from .errors import FlexdistillError, disk_errors
 from .recipe import Recipe
+from .recipe_sections import flat
 from .storage import write_json, write_whole
 
 # written last, so that a run that has it has all that --resume needs
@@ -219,17 +220,10 @@ def _being_written(work: Path) -> FlexdistillError:
 
 
 def _check_same_recipe(before: Recipe, now: Recipe) -> None:
-    old, new = (_flat(recipe.model_dump(exclude=INDECISIVE)) for recipe in (before, now))
+    old, new = (flat(recipe.model_dump(exclude=INDECISIVE)) for recipe in (before, now))
     differing = [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in new if old.get(key) != new.get(key)]
     if differing:
         raise FlexdistillError(
             f"The unfinished run used another recipe: {', '.join(differing)}; use the same settings to resume, or "
             "start again with --overwrite."
         )
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
