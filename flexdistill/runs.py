@@ -116,7 +116,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(output: Path, *, overwrite: bool, resume: bool, inputs: tuple[str | None, ...]) -> Iterator[Run]:
+def open_run(output: str | Path, *, overwrite: bool, resume: bool, inputs: tuple[str | None, ...]) -> Iterator[Run]:
     """A run whose signals, full disks and lost processes become errors that say how to go on; gone once it is done.
 
     Raises:
@@ -124,6 +124,7 @@ def open_run(output: Path, *, overwrite: bool, resume: bool, inputs: tuple[str |
         LostProcessError: if another process of the run dies.
         RunInterrupted: on SIGTERM or SIGINT.
     """
+    output = Path(output).expanduser().resolve()
     check = partial(check_output, output, overwrite=overwrite, resume=resume, inputs=inputs)
     with disk_errors(output), contextlib.ExitStack() as held:
         run = Run(output, held, check, resume)

@@ -32,9 +32,7 @@ def train(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resume
         NonFiniteLossError: if training diverges.
         LostProcessError, RunInterrupted: as `pipeline.convert` does.
     """
-    output = Path(output).expanduser().resolve()
-    inputs = (recipe.model, *(text.source for text in recipe.data.texts), recipe.evaluation.source)
-    with open_run(output, overwrite=overwrite, resume=resume, inputs=inputs) as run:
+    with open_run(output, overwrite=overwrite, resume=resume, inputs=recipe.inputs) as run:
         return _train(_labels_only(recipe), run)
 
 
