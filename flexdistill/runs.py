@@ -50,7 +50,7 @@ class Run:
         self._check()  # again: loading takes long, and another run may have begun or even ended
         self.work.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(locked(self.work))
-        _put_back(self.work / REPLACED, self.output)
+        put_back(self.work / REPLACED, self.output)
 
     def begin(
         self, recipe: Recipe, hashes: dict[str, str], accelerator: Accelerator
@@ -193,8 +193,8 @@ def read_json(file: Path) -> dict:
         ) from error
 
 
-def _put_back(replaced: Path, output: Path) -> None:
-    """Undoes what a run left that was killed while it put its result in the place of an earlier one."""
+def put_back(replaced: Path, output: Path) -> None:
+    """Undoes what a run left that was stopped while it put its result in the place of an earlier one."""
     if replaced.exists() and not output.exists():
         os.replace(replaced, output)
 
