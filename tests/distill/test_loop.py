@@ -16,30 +16,18 @@ from flexdistill.distill.loop import learning_rate_factor
 from flexdistill.distill.stage import feature_maps
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from tests.distill.stages import (
+    STAGES,
     assert_equal,
-    attention_transfer,
-    label_training,
     log_entries,
     logit_distillation,
+    make_stage,
     parameters,
     sequences,
     student,
     train,
 )
 
-STAGES = {
-    "attention transfer": attention_transfer,
-    "labels": label_training,
-    "full": lambda model, **settings: logit_distillation(model, train="full", **settings),
-    "lora": lambda model, **settings: logit_distillation(model, train="lora", **settings),
-    "kernels": lambda model, **settings: logit_distillation(model, train="kernels", **settings),
-}
 every_stage = pytest.mark.parametrize("name", STAGES)
-
-
-def make_stage(name, **settings):
-    torch.manual_seed(1)
-    return STAGES[name](student(), **settings)
 
 
 def states(stage):
@@ -222,7 +210,7 @@ import resource, signal, sys
 from pathlib import Path
 from flexdistill.distill.checkpoints import Checkpoints
 from flexdistill.errors import FlexdistillError
-from tests.distill.test_loop import make_stage
+from tests.distill.stages import make_stage
 stage = make_stage("full")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))

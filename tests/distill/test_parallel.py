@@ -20,8 +20,8 @@ from flexdistill.errors import FlexdistillError
 from tests.distill import two_processes
 from tests.distill.stages import (
     assert_equal,
-    attention_transfer,
     logit_distillation,
+    make_stage,
     parameters,
     sequences,
     student,
@@ -29,17 +29,7 @@ from tests.distill.stages import (
     train,
 )
 
-STAGES = {
-    "attention transfer": attention_transfer,
-    "full": lambda model, **settings: logit_distillation(model, train="full", **settings),
-    "lora": lambda model, **settings: logit_distillation(model, train="lora", **settings),
-}
-every_stage = pytest.mark.parametrize("name", STAGES)
-
-
-def make_stage(name, **settings):
-    torch.manual_seed(1)
-    return STAGES[name](student(), **settings)
+every_stage = pytest.mark.parametrize("name", ["attention transfer", "full", "lora"])
 
 
 def assert_close(actual, expected, tolerance=1e-5):
