@@ -16,7 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from flexdistill.cli import main
+from flexdistill.distill import loop
 from tests import tiny
+from tests.conversions import Interrupted
+from tests.distill.stages import teacher
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +43,36 @@ def _set_home(patch, tmp_path_factory):
     home = str(tmp_path_factory.mktemp("home"))
     patch.setenv("HF_HOME", home)
     patch.setattr("huggingface_hub.constants.HF_HOME", home)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory, tiny_tokenizer):
+    """A folder with two models and a text, only to be read."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("llama", "bert"):
+        tiny.save_tiny(folder / name, teacher(name), tiny_tokenizer)
+    sentences = (f"Line {n}: the {n % 7} of {n * n % 101} went to {n % 13} with {n % 5} more.\n" for n in range(900))
+    (folder / "text.txt").write_text("".join(sentences))
+    return folder
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Stops the training loop at the n-th step of the run from now on, counted over both stages."""
+
+    def arm(step):
+        calls = []
+
+        def factor(*args):
+            calls.append(args)
+            if len(calls) == step:
+                raise Interrupted
+            return learning_rate_factor(*args)
+
+        monkeypatch.setattr(loop, "learning_rate_factor", factor)
+
+    learning_rate_factor = loop.learning_rate_factor
+    return arm
 
 
 @pytest.fixture

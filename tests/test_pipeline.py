@@ -11,76 +11,30 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 import flexdistill.runtime
 from flexdistill import export as export_module
 from flexdistill import inputs, pipeline
 from flexdistill.conversion import make_plan
-from flexdistill.distill import loop
 from flexdistill.distill.stage import feature_maps, kernel_parameters
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.evaluation import evaluate_checkpoint, load_converted
 from flexdistill.pipeline import convert
 from flexdistill.recipe import EvaluationRecipe, KernelRecipe, Recipe
+from tests.conversions import SHORT, Interrupted, assert_same_weights, listing, make_recipe, weights
 from tests.distill.stages import log_entries, teacher
 from tests.tiny import save_tiny
 
-MAKERS = {"llama": lambda: teacher("llama"), "bert": lambda: teacher("bert")}
 AUTO = {"llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM}
-every_model = pytest.mark.parametrize("name", MAKERS)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp("sources")
-    for name, maker in MAKERS.items():
-        save_tiny(folder / name, maker(), tiny_tokenizer)
-    sentences = (f"Line {n}: the {n % 7} of {n * n % 101} went to {n % 13} with {n % 5} more.\n" for n in range(900))
-    (folder / "text.txt").write_text("".join(sentences))
-    return folder
-
-
-SHORT = {
-    "data.sequence_length": 32,
-    "evaluation.sequences": 4,
-    "evaluation.batch_size": 3,
-    "attention_transfer.steps": 4,
-    "attention_transfer.batch_size": 2,
-    "attention_transfer.warmup_steps": 1,
-    "logit_distillation.steps": 4,
-    "logit_distillation.batch_size": 2,
-    "logit_distillation.warmup_steps": 1,
-    "checkpoint.every_steps": 2,
-}
-
-
-def make_recipe(sources, name="llama", **settings):
-    base = {"model": str(sources / name), "data.source": str(sources / "text.txt")}
-    return Recipe().override(base | SHORT | settings)
-
-
-def listing(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(actual, expected):
-    actual, expected = weights(actual), weights(expected)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+every_model = pytest.mark.parametrize("name", AUTO)
 
 
 @pytest.fixture(scope="module")
 def results(sources, tmp_path_factory):
     """Each model converted once: name -> (folder, metrics)."""
     folder = tmp_path_factory.mktemp("results")
-    return {name: (folder / name, convert(make_recipe(sources, name), folder / name)) for name in MAKERS}
+    return {name: (folder / name, convert(make_recipe(sources, name), folder / name)) for name in AUTO}
 
 
 @every_model
@@ -154,7 +108,7 @@ def test_what_sharding_cannot_do_is_refused(sources, processes, precision, messa
     accelerator = SimpleNamespace(num_processes=processes, mixed_precision=precision, device=torch.device("cpu"))
     recipe = make_recipe(sources, **{"logit_distillation.parallel": "fsdp"})
     with pytest.raises(FlexdistillError, match=message):
-        inputs.check_devices(recipe, MAKERS["llama"](), accelerator)
+        inputs.check_devices(recipe, teacher("llama"), accelerator)
 
 
 @every_model
@@ -169,7 +123,7 @@ def test_metrics(results, sources, name):
     for row in rows.values():
         assert row["perplexity"] is None if name == "bert" else 1 < row["perplexity"] < 1000
     assert metrics["model"] == str(sources / name) and metrics["kernel"]["component"] == "hyperbolic"
-    plan = make_plan(MAKERS[name](), KernelRecipe())
+    plan = make_plan(teacher(name), KernelRecipe())
     assert metrics["attention_kl"].keys() == {module.name for module in plan.converted}
     assert all(value >= -1e-6 for value in metrics["attention_kl"].values())
     assert metrics["plan"]["parameters"] == plan.parameters and metrics["plan"]["converted"] == 2
@@ -212,7 +166,7 @@ def test_result_loads(results, sources, name):
     with torch.no_grad():
         assert model(input_ids=ids).logits.isfinite().all()
     kernels = kernel_parameters(model).keys()
-    before = {n: p for n, p in MAKERS[name]().named_parameters()}
+    before = {n: p for n, p in teacher(name).named_parameters()}
     after = dict(model.named_parameters())
     assert after.keys() - kernels == before.keys()
     assert any(not torch.equal(after[n], before[n]) for n in before)  # the second stage trained them
@@ -260,7 +214,7 @@ def test_teacher_row_is_the_model_before(sources, tmp_path, train):
 def test_teacher_perplexity_is_the_models_own(sources, tmp_path):
     text = {"evaluation.source": str(sources / "text.txt"), "logit_distillation.steps": 0}
     metrics = convert(make_recipe(sources, **text), tmp_path / "out")
-    model, tokenizer = MAKERS["llama"](), AutoTokenizer.from_pretrained(sources / "llama")
+    model, tokenizer = teacher("llama"), AutoTokenizer.from_pretrained(sources / "llama")
     ids = tokenizer((sources / "text.txt").read_text(), return_tensors="pt").input_ids[:, : 4 * 32].view(4, 32)
     with torch.no_grad():
         expected = math.exp(model(input_ids=ids, labels=ids).loss)
@@ -287,29 +241,6 @@ def test_no_steps_give_an_untrained_conversion(sources, tmp_path):
     assert metrics["stages"] == [] and metrics["tokens"] == 0
     for name, value in weights(sources / "llama").items():
         assert torch.equal(weights(tmp_path / "out")[name], value)
-
-
-class Interrupted(BaseException):
-    """Not an Exception, as a signal is not."""
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Stops the training loop at the n-th step of the run from now on, counted over both stages."""
-
-    def arm(step):
-        calls = []
-
-        def factor(*args):
-            calls.append(args)
-            if len(calls) == step:
-                raise Interrupted
-            return learning_rate_factor(*args)
-
-        monkeypatch.setattr(loop, "learning_rate_factor", factor)
-
-    learning_rate_factor = loop.learning_rate_factor
-    return arm
 
 
 # of 4 + 4 steps, with a checkpoint after every second
@@ -623,7 +554,7 @@ def test_other_kernels(sources, tmp_path, variant):
     assert "window only" in [row["name"] for row in metrics["rows"]]
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", AUTO)
 @pytest.mark.parametrize("logit_steps", [0, 4])
 def test_layers_stay_softmax(sources, tmp_path, name, logit_steps):
     settings = {"kernel.keep_softmax": 1, "logit_distillation.steps": logit_steps}
