@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import sys
 from types import SimpleNamespace
@@ -31,6 +32,16 @@ def tiny_tokenizer():
 def _no_cache_of_the_user(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         _set_home(patch, tmp_path_factory)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+            from tests import interpreter
+
+            interpreter.patch_once(patch)
         yield
 
 
