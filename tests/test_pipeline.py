@@ -24,6 +24,7 @@ from flexdistill.pipeline import convert
 from flexdistill.recipe import EvaluationRecipe, KernelRecipe, Recipe
 from tests.conversions import SHORT, Interrupted, assert_same_weights, listing, make_recipe, weights
 from tests.distill.stages import log_entries, teacher
+from tests.forked import together
 from tests.tiny import save_tiny
 
 AUTO = {"llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM}
@@ -60,17 +61,18 @@ def test_two_processes_equal_one(sources, tmp_path, parallel):
     settings = {"evaluation.sequences": 5, "kernel.window": 4, "logit_distillation.parallel": parallel}
     recipe = make_recipe(sources, **settings, **{"data.cache": False})  # which one of the processes would find filled
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "flexdistill", "convert", recipe.model, "--recipe", "recipe.yaml"]
-    environment = os.environ | {"PYTHONPATH": str(Path(flexdistill.__file__).parents[1])}
-    run = subprocess.run(
-        [*command, "--output", "two", "--num-processes", "2"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Attention KL") == 1 and run.stderr == ""
+    arguments = ["convert", recipe.model, "--recipe", "recipe.yaml", "--output", "two"]
+    if parallel == "ddp":
+        command = [sys.executable, "-m", "flexdistill", *arguments, "--num-processes", "2"]
+        environment = os.environ | {"PYTHONPATH": str(Path(flexdistill.__file__).parents[1])}
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        stdout, stderr = run.stdout, run.stderr
+    else:  # without a launcher, which takes its time
+        processes = together(arguments, tmp_path)
+        assert [process.wait() for process in processes] == [0, 0], processes[0].stderr + processes[1].stderr
+        stdout, stderr = ("".join(getattr(p, name) for p in processes) for name in ("stdout", "stderr"))
+    assert stdout.count("Attention KL") == 1 and stderr == ""
     one = convert(recipe, tmp_path / "one")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (one["num_processes"], two["num_processes"]) == (1, 2)

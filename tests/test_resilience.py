@@ -420,13 +420,13 @@ def whole_of_two(sources, tmp_path_factory):
     """Weights of two processes that nothing ends."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(sources, folder, dirs_exist_ok=True)
-    for process in together(CONVERT, folder, (None, None)):
+    for process in together(CONVERT, folder):
         assert process.wait() == 0, process.stderr
     return weights(folder)
 
 
 def assert_two_resume(folder, whole_of_two):
-    for process in together(RESUME, folder, (None, None)):
+    for process in together(RESUME, folder):
         assert process.wait() == 0, process.stderr
     assert_equal(weights(folder), whole_of_two)
 
