@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 from flexdistill.cli import main
 from flexdistill.distill import loop
+from flexdistill.pipeline import convert
 from tests import tiny
 from tests.conversions import Interrupted
 from tests.distill.stages import teacher
@@ -65,6 +66,21 @@ def sources(tmp_path_factory, tiny_tokenizer):
     sentences = (f"Line {n}: the {n % 7} of {n * n % 101} went to {n % 13} with {n % 5} more.\n" for n in range(900))
     (folder / "text.txt").write_text("".join(sentences))
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """Gives the folder and the metrics of a conversion that nothing interrupts; equal recipes are converted once."""
+    runs = {}
+
+    def converted(recipe):
+        key = recipe.to_yaml()
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("whole") / "out"
+            runs[key] = folder, convert(recipe, folder)
+        return runs[key]
+
+    return converted
 
 
 @pytest.fixture

@@ -248,30 +248,30 @@ def test_no_steps_give_an_untrained_conversion(sources, tmp_path):
 # of 4 + 4 steps, with a checkpoint after every second
 @pytest.mark.parametrize("step", [2, 4, 5, 6, 8])
 @pytest.mark.parametrize("train", ["full", "lora", "full, one layer softmax"])
-def test_resume_is_the_uninterrupted_run(sources, tmp_path, interrupt, step, train):
+def test_resume_is_the_uninterrupted_run(sources, whole_run, tmp_path, interrupt, step, train):
     train, _, hybrid = train.partition(",")
     recipe = make_recipe(sources, **{"logit_distillation.train": train, "kernel.keep_softmax": int(bool(hybrid))})
-    expected = convert(recipe, tmp_path / "whole")
+    whole, expected = whole_run(recipe)
     interrupt(step)
     with pytest.raises(Interrupted):
         convert(recipe, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists() and (tmp_path / "resumed.partial" / "recipe.yaml").is_file()
     interrupt(None)
     metrics = convert(recipe, tmp_path / "resumed", resume=True)
-    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]
+    assert_same_weights(tmp_path / "resumed", whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed"]
     assert metrics["rows"] == expected["rows"] and metrics["attention_kl"] == expected["attention_kl"]
-    assert listing(tmp_path / "resumed").keys() == listing(tmp_path / "whole").keys()
+    assert listing(tmp_path / "resumed").keys() == listing(whole).keys()
     for stage in ("attention_transfer", "logit_distillation"):
-        logs = [log_entries(tmp_path / folder / f"{stage}.jsonl") for folder in ("whole", "resumed")]
+        logs = [log_entries(folder / f"{stage}.jsonl") for folder in (whole, tmp_path / "resumed")]
         assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
 @pytest.mark.parametrize("when", ["export", "finish"])
-def test_resume_after_the_last_step(sources, tmp_path, monkeypatch, when):
+def test_resume_after_the_last_step(sources, whole_run, tmp_path, monkeypatch, when):
     """Everything is trained, and the run dies before the result is written."""
     recipe = make_recipe(sources)
-    expected = convert(recipe, tmp_path / "whole")
+    whole, expected = whole_run(recipe)
 
     def die(*args, **kwargs):
         raise Interrupted
@@ -284,15 +284,15 @@ def test_resume_after_the_last_step(sources, tmp_path, monkeypatch, when):
         with pytest.raises(Interrupted):
             convert(recipe, tmp_path / "resumed")
     metrics = convert(recipe, tmp_path / "resumed", resume=True)
-    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+    assert_same_weights(tmp_path / "resumed", whole)
     assert metrics["rows"] == expected["rows"]
 
 
 @pytest.mark.parametrize("step", [4, 5, 8])
-def test_resume_keeps_the_summaries(sources, tmp_path, interrupt, step):
+def test_resume_keeps_the_summaries(sources, whole_run, tmp_path, interrupt, step):
     """A stage's summary covers all of its steps, whether this process ran them or an earlier one."""
     recipe = make_recipe(sources)
-    expected = convert(recipe, tmp_path / "whole")
+    _, expected = whole_run(recipe)
     interrupt(step)
     with pytest.raises(Interrupted):
         convert(recipe, tmp_path / "resumed")

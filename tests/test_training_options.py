@@ -66,18 +66,18 @@ def test_label_training_reads_what_follows(sources):
 
 
 @pytest.mark.parametrize("step", [3, 7, 9, 11])
-def test_all_options_resume_as_the_uninterrupted_run(sources, tmp_path, interrupt, step):
+def test_all_options_resume_as_the_uninterrupted_run(sources, whole_run, tmp_path, interrupt, step):
     recipe = make_recipe(sources, **OPTIONS)
-    expected = convert(recipe, tmp_path / "whole")
+    whole, expected = whole_run(recipe)
     interrupt(step)
     with pytest.raises(Interrupted):
         convert(recipe, tmp_path / "resumed")
     interrupt(None)
     moved = recipe.override({"data.cache": str(tmp_path / "cache")})
     metrics = convert(moved, tmp_path / "resumed", resume=True)
-    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+    assert_same_weights(tmp_path / "resumed", whole)
     assert metrics["rows"] == expected["rows"]
-    assert Recipe.load(tmp_path / "whole" / "recipe.yaml") == recipe.override(
+    assert Recipe.load(whole / "recipe.yaml") == recipe.override(
         {"kernel.component": "hyperbolic", "kernel.tied": False}
     )
 
