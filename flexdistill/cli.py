@@ -11,7 +11,6 @@ import typer
 
 from . import __version__, cli_reports
 from .cli_options import (
-    SOURCE_HELP,
     AttentionSteps,
     BatchSize,
     Checkpoint,
@@ -51,10 +50,9 @@ from .cli_options import (
     is_launched,
     make_recipe,
     option,
-    source_settings,
     training_option,
 )
-from .cli_output import print_json, show_metrics, show_plan, show_positions
+from .cli_output import print_json, show_metrics, show_plan
 from .cli_scratch import init, train
 from .errors import FlexdistillError, RunInterrupted
 from .progress import is_main_process
@@ -204,37 +202,7 @@ def inspect(
         print_ranking(ranking)
 
 
-@app.command()
-def evaluate(
-    directory: Checkpoint,
-    teacher: Annotated[str, typer.Option(help="The model it was converted from.", metavar="MODEL")],
-    data: Annotated[str, typer.Option(help=SOURCE_HELP, metavar="SOURCE")],
-    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    sequences: Annotated[int, typer.Option(help="Sequences evaluated, taken in order.")] = 48,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
-    by_position: Annotated[
-        bool, option("--by-position", help="Only perplexity, by how many tokens stand before.")
-    ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Compare a converted model with its teacher."""
-    from .recipe import Recipe
-
-    settings = source_settings("evaluation", data) | {
-        "evaluation.sequence_length": sequence_length,
-        "evaluation.sequences": sequences,
-        "evaluation.batch_size": batch_size,
-    }
-    evaluation = Recipe().override(settings).evaluation
-    if by_position:
-        from .positions import evaluate_by_position
-
-        show_positions(evaluate_by_position(directory, teacher, evaluation), as_json)
-        return
-    from .evaluation import evaluate_checkpoint
-
-    show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
+app.command()(cli_reports.evaluate)
 
 
 @app.command()

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import SOURCE_HELP, Debug, Json, Overwrite, integers, option, source_settings
-from .cli_output import print_json
+from .cli_options import SOURCE_HELP, Checkpoint, Debug, Json, Overwrite, integers, option, source_settings
+from .cli_output import print_json, show_metrics, show_positions
 from .errors import FlexdistillError
 
 
@@ -17,6 +17,38 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     from .doctor import main
 
     raise typer.Exit(main(as_json))
+
+
+def evaluate(
+    directory: Checkpoint,
+    teacher: Annotated[str, typer.Option(help="The model it was converted from.", metavar="MODEL")],
+    data: Annotated[str, typer.Option(help=SOURCE_HELP, metavar="SOURCE")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences evaluated, taken in order.")] = 48,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    by_position: Annotated[
+        bool, option("--by-position", help="Only perplexity, by how many tokens stand before.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare a converted model with its teacher."""
+    from .recipe import Recipe
+
+    settings = source_settings("evaluation", data) | {
+        "evaluation.sequence_length": sequence_length,
+        "evaluation.sequences": sequences,
+        "evaluation.batch_size": batch_size,
+    }
+    evaluation = Recipe().override(settings).evaluation
+    if by_position:
+        from .positions import evaluate_by_position
+
+        show_positions(evaluate_by_position(directory, teacher, evaluation), as_json)
+        return
+    from .evaluation import evaluate_checkpoint
+
+    show_metrics(evaluate_checkpoint(directory, teacher, evaluation), directory, as_json)
 
 
 def report(

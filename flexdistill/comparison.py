@@ -82,8 +82,7 @@ def compare(
         FlexdistillError: if anything about the input does not fit; then nothing on disk has changed.
     """
     output = Path(output).expanduser().resolve()
-    inputs = (recipe.model, *(text.source for text in recipe.data.texts), recipe.evaluation.source)
-    check_output(output, overwrite=overwrite or resume, resume=resume, inputs=inputs)
+    check_output(output, overwrite=overwrite or resume, resume=resume, inputs=recipe.inputs)
     entries = make_entries(recipe if budget is None else recipe.with_budget(budget), variants, windows)
     with disk_errors(output):
         return _compare(recipe, entries, output, budget, points, export_models, resume)

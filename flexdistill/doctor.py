@@ -179,9 +179,9 @@ def _attention(problems: list[str]) -> dict:
     except RuntimeError as error:  # names cause and remedy
         problems.append(str(error))
         return result
-    remedy = f"set {VARIABLE}=torch to do without the fused kernels" if result["backend"] == "triton" else (
-        "install torch again"
-    )  # fmt: skip
+    remedy = "install torch again"
+    if result["backend"] == "triton":
+        remedy = f"set {VARIABLE}=torch to do without the fused kernels"
     try:
         result["checks"] = self_test(device)
     except Exception as error:  # Triton needs a compiler and a driver, and raises what they say

@@ -20,7 +20,7 @@ from .distill.stage import feature_maps
 from .errors import FlexdistillError
 from .progress import progress_bars_on_terminals_only
 from .recipe import Recipe
-from .runs import ASIDE, REPLACED
+from .runs import ASIDE, REPLACED, put_back
 from .runtime.linear_attention import CHUNK
 from .runtime.modeling_flexformer import MODEL_TAGS
 from .sources import ModelSource, load_card
@@ -249,7 +249,6 @@ def _put_in_place(aside: Path, output: Path, replaced: Path) -> None:
             os.replace(output, replaced)
         os.replace(aside, output)
     except BaseException:  # a signal too
-        if replaced.exists() and not output.exists():
-            os.replace(replaced, output)
+        put_back(replaced, output)
         raise
     shutil.rmtree(replaced, ignore_errors=True)

@@ -36,7 +36,6 @@ def initialise(
         FlexdistillError: if the configuration cannot be read or converted; nothing on disk has changed then.
         RunInterrupted: on SIGTERM or SIGINT.
     """
-    output = Path(output).expanduser().resolve()
     with open_run(output, overwrite=overwrite, resume=False, inputs=(config, tokenizer)) as run:
         return _initialise(config, recipe, tokenizer, run)
 

@@ -15,6 +15,7 @@ from .distill.embeddings import has_tied_embeddings
 from .distill.heads import SplitModel
 from .distill.labels import LabelTraining
 from .distill.memory import repeated_layers
+from .distill.model_stage import check_labels
 from .distill.placement import make_placement
 from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
@@ -114,11 +115,8 @@ def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
             f"Variant {recipe.kernel.variant!r} has no parameters, so train: kernels has nothing to train; set "
             "logit_distillation.train to full or lora, or its steps to 0."
         )
-    if labels.steps and not all(module.causal for module in plan.converted):
-        raise FlexdistillError(
-            f"{type(model).__name__} does not predict the next token, so there are no labels to learn; "
-            "set label_training.steps to 0."
-        )
+    if labels.steps:
+        check_labels(model, plan.converted, "set label_training.steps to 0")
     if recipe.tied_embeddings == "tied":
         return
     if not has_tied_embeddings(model):

@@ -62,9 +62,7 @@ def convert(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resu
         LostProcessError: if another process of the run dies.
         RunInterrupted: on SIGTERM or SIGINT, after the step under way and its checkpoint.
     """
-    output = Path(output).expanduser().resolve()
-    inputs = (recipe.model, *(text.source for text in recipe.data.texts), recipe.evaluation.source)
-    with open_run(output, overwrite=overwrite, resume=resume, inputs=inputs) as run:
+    with open_run(output, overwrite=overwrite, resume=resume, inputs=recipe.inputs) as run:
         return _convert(recipe, run)
 
 

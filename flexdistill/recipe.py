@@ -243,6 +243,11 @@ class Recipe(Section):
         stages = {name: getattr(self, name) for name in STAGES}
         return {name: stage for name, stage in stages.items() if stage.steps}
 
+    @property
+    def inputs(self) -> tuple[str | None, ...]:
+        """What a run reads, by name; None where that is left out."""
+        return (self.model, *(text.source for text in self.data.texts), self.evaluation.source)
+
     def sequence_length(self, stage: str) -> int:
         """Tokens per sequence of a stage."""
         return getattr(getattr(self, stage), "sequence_length", None) or self.data.sequence_length

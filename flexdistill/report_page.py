@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from . import __version__
 from .attention_modes import AttentionCall, record_attention
 from .conversion import check_sequence_length
 from .data import read_documents
@@ -26,13 +25,14 @@ from .positions import token_losses
 from .recipe import EvaluationRecipe
 from .report import has_matplotlib, layer_number
 from .report_figures import bars, histogram, lines, maps
+from .report_html import figure_grid, page, section, table
 from .runtime.attention import attention_weights
 from .runtime.feature_maps import FeatureMap
 from .runtime.interface import NAME
 from .runtime.registry import build_feature_map
 from .sources import load_model, load_tokenizer, resolve_model
 from .storage import write_whole
-from .tables import format_cell, summary_lines
+from .tables import summary_lines
 
 # of a map, which a phone shows in half its width
 _MAP_TOKENS = 64
@@ -42,31 +42,6 @@ _TITLES = {
     "output_error": "output error",
     "negative_mass": "negative mass",
 }
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d5dae0; --quiet: #57606a }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --paper: #14171a; --soft: #1d2125; --line: #343a41; --quiet: #9aa4af }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line) }
-p { margin: .4rem 0; max-width: 45rem }
-.quiet, figcaption, footer { color: var(--quiet); font-size: .9rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-@media (max-width: 30rem) {
-  th, td { padding: .3rem .25rem; font-size: .8rem }
-  th, td:first-child { white-space: normal }
-}
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
-figure { margin: 0; padding: .6rem; background: var(--soft); border-radius: .5rem; min-width: 0 }
-figure svg { display: block; width: 100%; height: auto; color: var(--ink) }
-footer { margin-top: 2rem }
-"""
 
 
 @dataclass(frozen=True)
@@ -155,7 +130,7 @@ def _summary(metrics: dict[str, Any]) -> str:
         rows.append([row["name"], row["perplexity"], ratio, row["kl"], row["top1_agreement"]])
     lines_ = "".join(f"<p>{html.escape(line)}</p>" for line in summary_lines(metrics))
     note = "Rows below the student are the student with parts of its attention taken away."
-    return _section("Teacher, student and ablations", f"{_table(columns, rows)}<p class=quiet>{note}</p>{lines_}")
+    return section("Teacher, student and ablations", f"{table(columns, rows)}<p class=quiet>{note}</p>{lines_}")
 
 
 def _layers(metrics: dict[str, Any]) -> str:
@@ -163,7 +138,7 @@ def _layers(metrics: dict[str, Any]) -> str:
     labels = [str(layer_number(name, index)) for index, name in enumerate(divergence)]
     figure = bars(labels, list(divergence.values()), x_label="layer", y_label="nats per query")
     caption = "KL of each layer's attention rows from the teacher's softmax, 0 if they are equal."
-    return _section("Attention per layer", _figures({caption: figure}))
+    return section("Attention per layer", figure_grid({caption: figure}))
 
 
 def _training(logs: dict[str, list[dict[str, Any]]]) -> str:
@@ -177,14 +152,14 @@ def _training(logs: dict[str, list[dict[str, Any]]]) -> str:
             figures[f"{title.capitalize()}, {len(entries):,} steps."] = lines(
                 series, x_label="step", y_label="nats" if len(series) == 1 else "nats, shares"
             )
-    return _section("Training", _figures(figures) if figures else "<p>The folder holds no training logs.</p>")
+    return section("Training", figure_grid(figures) if figures else "<p>The folder holds no training logs.</p>")
 
 
 def _spectra(model: PreTrainedModel) -> str:
     """Learned frequencies of all layers against fresh ones."""
     kernels = {name: kernel for name, kernel in feature_maps(model).items() if kernel.has_spectrum}
     if not kernels:
-        return _section("Frequencies", "<p>This kernel has no learned frequencies.</p>")
+        return section("Frequencies", "<p>This kernel has no learned frequencies.</p>")
     fresh = {name: _fresh(kernel) for name, kernel in kernels.items()}
     matrices = [name for name in ("w1", "w2") if name in next(iter(kernels.values())).query_parameters]
     figures = {}
@@ -206,7 +181,7 @@ def _spectra(model: PreTrainedModel) -> str:
             groups, x_label=f"entries of {title}"
         )
         figures[f"Root mean square of {title} by layer."] = lines(by_layer, x_label="layer", y_label=f"rms of {title}")
-    return _section("Frequencies", _figures(figures))
+    return section("Frequencies", figure_grid(figures))
 
 
 def _memories(model: PreTrainedModel) -> str:
@@ -230,7 +205,7 @@ def _memories(model: PreTrainedModel) -> str:
         ),
         "Memory by layer.": lines(by_layer, x_label="layer", y_label="tokens"),
     }
-    return _section("Memory", _figures(figures))
+    return section("Memory", figure_grid(figures))
 
 
 @torch.no_grad()
@@ -285,7 +260,7 @@ def _maps(teacher, student, tokens: torch.Tensor, chosen: list[str], heads: list
         for head in heads:
             figures[f"{name}, head {head}"] = maps({"teacher": expected[head], "student": actual[head]})
     note = f"<p class=quiet>Of the text's first {tokens.shape[1]} tokens; a row is a query's weights over the keys.</p>"
-    return _section("Attention maps", note + _figures(figures))
+    return section("Attention maps", note + figure_grid(figures))
 
 
 def _calls(model: PreTrainedModel, function, tokens: torch.Tensor) -> dict[str, AttentionCall]:
@@ -312,42 +287,12 @@ def _positions(models: dict[str, PreTrainedModel], sequences, accelerator, recip
     caption = (
         f"Perplexity of tokens by how many stand before them, in spans that double, over {sequences.numel():,} tokens."
     )
-    return _section("Perplexity by position", _figures({caption: figure}))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{content}</section>\n"
-
-
-def _figures(figures: dict[str, str]) -> str:
-    """Figures by caption."""
-    shown = (
-        f"<figure>{svg.replace('<svg', f'<svg role=img aria-label={json.dumps(html.escape(caption))}', 1)}"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, svg in figures.items()
-    )
-    return f"<div class=figures>{''.join(shown)}</div>"
-
-
-def _table(columns: list[str], rows: list[list[Any]]) -> str:
-    def line(tag: str, cells: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line("td", [format_cell(value) for value in row]) for row in rows)
-    return f"<div class=wide><table><thead>{line('th', columns)}</thead><tbody>{body}</tbody></table></div>"
+    return section("Perplexity by position", figure_grid({caption: figure}))
 
 
 def _page(metrics: dict[str, Any], sections: str) -> str:
     kernel = metrics["kernel"]
     name = " ".join(filter(None, (kernel["variant"], kernel["component"], kernel["matrix"])))
     window = f"softmax window of {kernel['window']} tokens" if kernel["window"] else "no softmax window"
-    title = html.escape(f"{metrics['model'].removeprefix('package:')} with linear attention")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        'img-src data:">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
-        f"<p>Kernel: {html.escape(name)}, {window}.</p>\n{sections}"
-        f"<footer>flexdistill {__version__}</footer>\n</body></html>\n"
-    )
+    title = f"{metrics['model'].removeprefix('package:')} with linear attention"
+    return page(title, f"Kernel: {name}, {window}.", sections)

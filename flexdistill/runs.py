@@ -17,6 +17,7 @@ from .distill.checkpoints import Checkpoint, Checkpoints
 from .distill.interruption import Interruption
 from .errors import FlexdistillError, disk_errors
 from .recipe import Recipe
+from .recipe_sections import flat
 from .storage import write_json, write_whole
 
 # written last, so that a run that has it has all that --resume needs
@@ -49,7 +50,7 @@ class Run:
         self._check()  # again: loading takes long, and another run may have begun or even ended
         self.work.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(locked(self.work))
-        _put_back(self.work / REPLACED, self.output)
+        put_back(self.work / REPLACED, self.output)
 
     def begin(
         self, recipe: Recipe, hashes: dict[str, str], accelerator: Accelerator
@@ -115,7 +116,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(output: Path, *, overwrite: bool, resume: bool, inputs: tuple[str | None, ...]) -> Iterator[Run]:
+def open_run(output: str | Path, *, overwrite: bool, resume: bool, inputs: tuple[str | None, ...]) -> Iterator[Run]:
     """A run whose signals, full disks and lost processes become errors that say how to go on; gone once it is done.
 
     Raises:
@@ -123,6 +124,7 @@ def open_run(output: Path, *, overwrite: bool, resume: bool, inputs: tuple[str |
         LostProcessError: if another process of the run dies.
         RunInterrupted: on SIGTERM or SIGINT.
     """
+    output = Path(output).expanduser().resolve()
     check = partial(check_output, output, overwrite=overwrite, resume=resume, inputs=inputs)
     with disk_errors(output), contextlib.ExitStack() as held:
         run = Run(output, held, check, resume)
@@ -191,8 +193,8 @@ def read_json(file: Path) -> dict:
         ) from error
 
 
-def _put_back(replaced: Path, output: Path) -> None:
-    """Undoes what a run left that was killed while it put its result in the place of an earlier one."""
+def put_back(replaced: Path, output: Path) -> None:
+    """Undoes what a run left that was stopped while it put its result in the place of an earlier one."""
     if replaced.exists() and not output.exists():
         os.replace(replaced, output)
 
@@ -219,17 +221,10 @@ def _being_written(work: Path) -> FlexdistillError:
 
 
 def _check_same_recipe(before: Recipe, now: Recipe) -> None:
-    old, new = (_flat(recipe.model_dump(exclude=INDECISIVE)) for recipe in (before, now))
+    old, new = (flat(recipe.model_dump(exclude=INDECISIVE)) for recipe in (before, now))
     differing = [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in new if old.get(key) != new.get(key)]
     if differing:
         raise FlexdistillError(
             f"The unfinished run used another recipe: {', '.join(differing)}; use the same settings to resume, or "
             "start again with --overwrite."
         )
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -11,7 +11,7 @@ from accelerate.utils import LoggerType
 
 from .errors import FlexdistillError
 from .recipe import Recipe
-from .recipe_sections import TrackingRecipe
+from .recipe_sections import TrackingRecipe, flat
 
 Track = Callable[[dict, int], None]
 
@@ -38,7 +38,8 @@ def tracking(recipe: Recipe, accelerator: Accelerator) -> Iterator[Track]:
         return
     accelerator.project_configuration.logging_dir = settings.folder
     accelerator.log_with = filter_trackers(settings.trackers, settings.folder)
-    accelerator.init_trackers(settings.project, config=_flat(recipe.model_dump()))
+    config = {key: x if isinstance(x, int | float | str) else str(x) for key, x in flat(recipe.model_dump()).items()}
+    accelerator.init_trackers(settings.project, config=config)
     try:
         yield lambda figures, step: accelerator.log(figures, step=step)
     finally:
@@ -46,13 +47,3 @@ def tracking(recipe: Recipe, accelerator: Accelerator) -> Iterator[Track]:
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.trackers = []
-
-
-def _flat(settings: dict, prefix: str = "") -> dict[str, int | float | str | bool]:
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str) else str(value)
-    return flat

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from .devices import make_accelerator
+from .distill.model_stage import check_labels
 from .errors import FlexdistillError
 from .evaluation import load_converted, perplexity
 from .export import export, trained_model_card
@@ -32,9 +33,7 @@ def train(recipe: Recipe, output: str | Path, *, overwrite: bool = False, resume
         NonFiniteLossError: if training diverges.
         LostProcessError, RunInterrupted: as `pipeline.convert` does.
     """
-    output = Path(output).expanduser().resolve()
-    inputs = (recipe.model, *(text.source for text in recipe.data.texts), recipe.evaluation.source)
-    with open_run(output, overwrite=overwrite, resume=resume, inputs=inputs) as run:
+    with open_run(output, overwrite=overwrite, resume=resume, inputs=recipe.inputs) as run:
         return _train(_labels_only(recipe), run)
 
 
@@ -52,11 +51,7 @@ def _train(recipe: Recipe, run: Run) -> dict:
     source = resolve_model(recipe.model)
     model, tokenizer = load_converted(recipe.model), load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     check_vocabulary(model, tokenizer)
-    if not all(spec.causal for spec in model.config.kernel_specs.values()):
-        raise FlexdistillError(
-            f"{type(model).__name__} does not predict the next token, so there are no labels to learn; train it with "
-            "transformers' Trainer."
-        )
+    check_labels(model, model.config.kernel_specs.values(), "train it with transformers' Trainer")
     check_devices(recipe, model, accelerator)
     sequences = load_sequences(recipe, model, tokenizer)
 

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import sys
 from types import SimpleNamespace
@@ -16,7 +17,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from flexdistill.cli import main
+from flexdistill.distill import loop
+from flexdistill.pipeline import convert
 from tests import tiny
+from tests.conversions import Interrupted
+from tests.distill.stages import teacher
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +36,16 @@ def _no_cache_of_the_user(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+            from tests import interpreter
+
+            interpreter.patch_once(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_cache_of_another_test(monkeypatch, tmp_path_factory):
     _set_home(monkeypatch, tmp_path_factory)
@@ -40,6 +55,51 @@ def _set_home(patch, tmp_path_factory):
     home = str(tmp_path_factory.mktemp("home"))
     patch.setenv("HF_HOME", home)
     patch.setattr("huggingface_hub.constants.HF_HOME", home)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory, tiny_tokenizer):
+    """A folder with two models and a text, only to be read."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("llama", "bert"):
+        tiny.save_tiny(folder / name, teacher(name), tiny_tokenizer)
+    sentences = (f"Line {n}: the {n % 7} of {n * n % 101} went to {n % 13} with {n % 5} more.\n" for n in range(900))
+    (folder / "text.txt").write_text("".join(sentences))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """Gives the folder and the metrics of a conversion that nothing interrupts; equal recipes are converted once."""
+    runs = {}
+
+    def converted(recipe):
+        key = recipe.to_yaml()
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("whole") / "out"
+            runs[key] = folder, convert(recipe, folder)
+        return runs[key]
+
+    return converted
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Stops the training loop at the n-th step of the run from now on, counted over both stages."""
+
+    def arm(step):
+        calls = []
+
+        def factor(*args):
+            calls.append(args)
+            if len(calls) == step:
+                raise Interrupted
+            return learning_rate_factor(*args)
+
+        monkeypatch.setattr(loop, "learning_rate_factor", factor)
+
+    learning_rate_factor = loop.learning_rate_factor
+    return arm
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class Forked:
     """`flexdistill ARGUMENTS` in `folder`; its output goes to files.
 
     Args:
+        program: what runs in the place of `flexdistill`.
         change: what is done in it before it runs.
         rank, num_processes, port: its place among processes that train together.
     """
@@ -63,6 +65,7 @@ class Forked:
         folder: Path,
         change: AtStep | Launched | None = None,
         *,
+        program: Callable[[], None] = main,
         rank: int = 0,
         num_processes: int = 1,
         port: int | None = None,
@@ -71,8 +74,8 @@ class Forked:
         if num_processes > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self._log = folder / f"stderr-{rank}.txt"
-        self.process = _context.Process(target=_run, args=(arguments, folder, self._log, environment, change))
+        self._logs = [folder / f"{stream}-{rank}.txt" for stream in ("stdout", "stderr")]
+        self.process = _context.Process(target=_run, args=(arguments, folder, self._logs, environment, change, program))
         self.process.start()
 
     def wait(self, timeout_s: float = 120) -> int:
@@ -84,28 +87,32 @@ class Forked:
         return self.process.exitcode
 
     @property
+    def stdout(self) -> str:
+        return self._logs[0].read_text()
+
+    @property
     def stderr(self) -> str:
-        return self._log.read_text()
+        return self._logs[1].read_text()
 
 
-def together(arguments: list[str], folder: Path, changes: tuple) -> list[Forked]:
+def together(arguments: list[str], folder: Path, changes: tuple = (None, None), **settings) -> list[Forked]:
     """Two processes that train together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        Forked(arguments, folder, change, rank=rank, num_processes=2, port=port) for rank, change in enumerate(changes)
+        Forked(arguments, folder, change, rank=rank, num_processes=2, port=port, **settings)
+        for rank, change in enumerate(changes)
     ]
 
 
-def _run(arguments: list[str], folder: Path, log: Path, environment: dict[str, str], change) -> None:
+def _run(arguments: list[str], folder: Path, logs: list[Path], environment: dict[str, str], change, program) -> None:
     os.environ.update(environment)
     os.chdir(folder)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for stream, log in enumerate(logs, start=1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     if change is not None:
         change.prepare()
     sys.argv = ["flexdistill", *arguments]
-    main()
+    program()

@@ -11,39 +11,15 @@ from flexdistill.comparison import compare, make_entries, parse_variants
 from flexdistill.distill.logits import LogitDistillation
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.pipeline import convert
-from flexdistill.recipe import Recipe
 from flexdistill.report import plot_comparison
 from flexdistill.tables import comparison_table
-from tests.distill.stages import teacher
-from tests.tiny import save_tiny
+from tests import conversions
 
 VARIANTS = ["nonstationary", "hedgehog"]
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp("sources")
-    for name in ("llama", "bert"):
-        save_tiny(folder / name, teacher(name), tiny_tokenizer)
-    sentences = (f"Line {n}: the {n % 7} of {n * n % 101} went to {n % 13} with {n % 5} more.\n" for n in range(900))
-    (folder / "text.txt").write_text("".join(sentences))
-    return folder
-
-
 def make_recipe(sources, name="llama", **settings):
-    base = {
-        "model": str(sources / name),
-        "data.source": str(sources / "text.txt"),
-        "data.sequence_length": 32,
-        "evaluation.sequences": 4,
-        "attention_transfer.steps": 4,
-        "attention_transfer.batch_size": 2,
-        "attention_transfer.warmup_steps": 1,
-        "logit_distillation.steps": 2,
-        "logit_distillation.batch_size": 2,
-        "logit_distillation.warmup_steps": 1,
-    }
-    return Recipe().override(base | settings)
+    return conversions.make_recipe(sources, name, **{"logit_distillation.steps": 2} | settings)
 
 
 def without_times(result):

@@ -11,76 +11,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 import flexdistill.runtime
 from flexdistill import export as export_module
 from flexdistill import inputs, pipeline
 from flexdistill.conversion import make_plan
-from flexdistill.distill import loop
 from flexdistill.distill.stage import feature_maps, kernel_parameters
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.evaluation import evaluate_checkpoint, load_converted
 from flexdistill.pipeline import convert
 from flexdistill.recipe import EvaluationRecipe, KernelRecipe, Recipe
+from tests.conversions import SHORT, Interrupted, assert_same_weights, listing, make_recipe, weights
 from tests.distill.stages import log_entries, teacher
+from tests.forked import together
 from tests.tiny import save_tiny
 
-MAKERS = {"llama": lambda: teacher("llama"), "bert": lambda: teacher("bert")}
 AUTO = {"llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM}
-every_model = pytest.mark.parametrize("name", MAKERS)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp("sources")
-    for name, maker in MAKERS.items():
-        save_tiny(folder / name, maker(), tiny_tokenizer)
-    sentences = (f"Line {n}: the {n % 7} of {n * n % 101} went to {n % 13} with {n % 5} more.\n" for n in range(900))
-    (folder / "text.txt").write_text("".join(sentences))
-    return folder
-
-
-SHORT = {
-    "data.sequence_length": 32,
-    "evaluation.sequences": 4,
-    "evaluation.batch_size": 3,
-    "attention_transfer.steps": 4,
-    "attention_transfer.batch_size": 2,
-    "attention_transfer.warmup_steps": 1,
-    "logit_distillation.steps": 4,
-    "logit_distillation.batch_size": 2,
-    "logit_distillation.warmup_steps": 1,
-    "checkpoint.every_steps": 2,
-}
-
-
-def make_recipe(sources, name="llama", **settings):
-    base = {"model": str(sources / name), "data.source": str(sources / "text.txt")}
-    return Recipe().override(base | SHORT | settings)
-
-
-def listing(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(actual, expected):
-    actual, expected = weights(actual), weights(expected)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
+every_model = pytest.mark.parametrize("name", AUTO)
 
 
 @pytest.fixture(scope="module")
 def results(sources, tmp_path_factory):
     """Each model converted once: name -> (folder, metrics)."""
     folder = tmp_path_factory.mktemp("results")
-    return {name: (folder / name, convert(make_recipe(sources, name), folder / name)) for name in MAKERS}
+    return {name: (folder / name, convert(make_recipe(sources, name), folder / name)) for name in AUTO}
 
 
 @every_model
@@ -106,17 +61,18 @@ def test_two_processes_equal_one(sources, tmp_path, parallel):
     settings = {"evaluation.sequences": 5, "kernel.window": 4, "logit_distillation.parallel": parallel}
     recipe = make_recipe(sources, **settings, **{"data.cache": False})  # which one of the processes would find filled
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "flexdistill", "convert", recipe.model, "--recipe", "recipe.yaml"]
-    environment = os.environ | {"PYTHONPATH": str(Path(flexdistill.__file__).parents[1])}
-    run = subprocess.run(
-        [*command, "--output", "two", "--num-processes", "2"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("Attention KL") == 1 and run.stderr == ""
+    arguments = ["convert", recipe.model, "--recipe", "recipe.yaml", "--output", "two"]
+    if parallel == "ddp":
+        command = [sys.executable, "-m", "flexdistill", *arguments, "--num-processes", "2"]
+        environment = os.environ | {"PYTHONPATH": str(Path(flexdistill.__file__).parents[1])}
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        stdout, stderr = run.stdout, run.stderr
+    else:  # without a launcher, which takes its time
+        processes = together(arguments, tmp_path)
+        assert [process.wait() for process in processes] == [0, 0], processes[0].stderr + processes[1].stderr
+        stdout, stderr = ("".join(getattr(p, name) for p in processes) for name in ("stdout", "stderr"))
+    assert stdout.count("Attention KL") == 1 and stderr == ""
     one = convert(recipe, tmp_path / "one")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
@@ -154,7 +110,7 @@ def test_what_sharding_cannot_do_is_refused(sources, processes, precision, messa
     accelerator = SimpleNamespace(num_processes=processes, mixed_precision=precision, device=torch.device("cpu"))
     recipe = make_recipe(sources, **{"logit_distillation.parallel": "fsdp"})
     with pytest.raises(FlexdistillError, match=message):
-        inputs.check_devices(recipe, MAKERS["llama"](), accelerator)
+        inputs.check_devices(recipe, teacher("llama"), accelerator)
 
 
 @every_model
@@ -169,7 +125,7 @@ def test_metrics(results, sources, name):
     for row in rows.values():
         assert row["perplexity"] is None if name == "bert" else 1 < row["perplexity"] < 1000
     assert metrics["model"] == str(sources / name) and metrics["kernel"]["component"] == "hyperbolic"
-    plan = make_plan(MAKERS[name](), KernelRecipe())
+    plan = make_plan(teacher(name), KernelRecipe())
     assert metrics["attention_kl"].keys() == {module.name for module in plan.converted}
     assert all(value >= -1e-6 for value in metrics["attention_kl"].values())
     assert metrics["plan"]["parameters"] == plan.parameters and metrics["plan"]["converted"] == 2
@@ -212,7 +168,7 @@ def test_result_loads(results, sources, name):
     with torch.no_grad():
         assert model(input_ids=ids).logits.isfinite().all()
     kernels = kernel_parameters(model).keys()
-    before = {n: p for n, p in MAKERS[name]().named_parameters()}
+    before = {n: p for n, p in teacher(name).named_parameters()}
     after = dict(model.named_parameters())
     assert after.keys() - kernels == before.keys()
     assert any(not torch.equal(after[n], before[n]) for n in before)  # the second stage trained them
@@ -260,7 +216,7 @@ def test_teacher_row_is_the_model_before(sources, tmp_path, train):
 def test_teacher_perplexity_is_the_models_own(sources, tmp_path):
     text = {"evaluation.source": str(sources / "text.txt"), "logit_distillation.steps": 0}
     metrics = convert(make_recipe(sources, **text), tmp_path / "out")
-    model, tokenizer = MAKERS["llama"](), AutoTokenizer.from_pretrained(sources / "llama")
+    model, tokenizer = teacher("llama"), AutoTokenizer.from_pretrained(sources / "llama")
     ids = tokenizer((sources / "text.txt").read_text(), return_tensors="pt").input_ids[:, : 4 * 32].view(4, 32)
     with torch.no_grad():
         expected = math.exp(model(input_ids=ids, labels=ids).loss)
@@ -289,56 +245,33 @@ def test_no_steps_give_an_untrained_conversion(sources, tmp_path):
         assert torch.equal(weights(tmp_path / "out")[name], value)
 
 
-class Interrupted(BaseException):
-    """Not an Exception, as a signal is not."""
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Stops the training loop at the n-th step of the run from now on, counted over both stages."""
-
-    def arm(step):
-        calls = []
-
-        def factor(*args):
-            calls.append(args)
-            if len(calls) == step:
-                raise Interrupted
-            return learning_rate_factor(*args)
-
-        monkeypatch.setattr(loop, "learning_rate_factor", factor)
-
-    learning_rate_factor = loop.learning_rate_factor
-    return arm
-
-
 # of 4 + 4 steps, with a checkpoint after every second
 @pytest.mark.parametrize("step", [2, 4, 5, 6, 8])
 @pytest.mark.parametrize("train", ["full", "lora", "full, one layer softmax"])
-def test_resume_is_the_uninterrupted_run(sources, tmp_path, interrupt, step, train):
+def test_resume_is_the_uninterrupted_run(sources, whole_run, tmp_path, interrupt, step, train):
     train, _, hybrid = train.partition(",")
     recipe = make_recipe(sources, **{"logit_distillation.train": train, "kernel.keep_softmax": int(bool(hybrid))})
-    expected = convert(recipe, tmp_path / "whole")
+    whole, expected = whole_run(recipe)
     interrupt(step)
     with pytest.raises(Interrupted):
         convert(recipe, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists() and (tmp_path / "resumed.partial" / "recipe.yaml").is_file()
     interrupt(None)
     metrics = convert(recipe, tmp_path / "resumed", resume=True)
-    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed", "whole"]
+    assert_same_weights(tmp_path / "resumed", whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed"]
     assert metrics["rows"] == expected["rows"] and metrics["attention_kl"] == expected["attention_kl"]
-    assert listing(tmp_path / "resumed").keys() == listing(tmp_path / "whole").keys()
+    assert listing(tmp_path / "resumed").keys() == listing(whole).keys()
     for stage in ("attention_transfer", "logit_distillation"):
-        logs = [log_entries(tmp_path / folder / f"{stage}.jsonl") for folder in ("whole", "resumed")]
+        logs = [log_entries(folder / f"{stage}.jsonl") for folder in (whole, tmp_path / "resumed")]
         assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
 @pytest.mark.parametrize("when", ["export", "finish"])
-def test_resume_after_the_last_step(sources, tmp_path, monkeypatch, when):
+def test_resume_after_the_last_step(sources, whole_run, tmp_path, monkeypatch, when):
     """Everything is trained, and the run dies before the result is written."""
     recipe = make_recipe(sources)
-    expected = convert(recipe, tmp_path / "whole")
+    whole, expected = whole_run(recipe)
 
     def die(*args, **kwargs):
         raise Interrupted
@@ -351,15 +284,15 @@ def test_resume_after_the_last_step(sources, tmp_path, monkeypatch, when):
         with pytest.raises(Interrupted):
             convert(recipe, tmp_path / "resumed")
     metrics = convert(recipe, tmp_path / "resumed", resume=True)
-    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+    assert_same_weights(tmp_path / "resumed", whole)
     assert metrics["rows"] == expected["rows"]
 
 
 @pytest.mark.parametrize("step", [4, 5, 8])
-def test_resume_keeps_the_summaries(sources, tmp_path, interrupt, step):
+def test_resume_keeps_the_summaries(sources, whole_run, tmp_path, interrupt, step):
     """A stage's summary covers all of its steps, whether this process ran them or an earlier one."""
     recipe = make_recipe(sources)
-    expected = convert(recipe, tmp_path / "whole")
+    _, expected = whole_run(recipe)
     interrupt(step)
     with pytest.raises(Interrupted):
         convert(recipe, tmp_path / "resumed")
@@ -623,7 +556,7 @@ def test_other_kernels(sources, tmp_path, variant):
     assert "window only" in [row["name"] for row in metrics["rows"]]
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", AUTO)
 @pytest.mark.parametrize("logit_steps", [0, 4])
 def test_layers_stay_softmax(sources, tmp_path, name, logit_steps):
     settings = {"kernel.keep_softmax": 1, "logit_distillation.steps": logit_steps}

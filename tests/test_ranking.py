@@ -1,11 +1,12 @@
 import pytest
 
 from flexdistill import pipeline
+from flexdistill.pipeline import convert
 from flexdistill.ranking import rank_layers
-from tests.test_pipeline import convert, make_recipe, sources  # noqa: F401
+from tests.conversions import make_recipe
 
 
-def test_ranking_is_what_a_conversion_chooses_by(sources, tmp_path, monkeypatch):  # noqa: F811
+def test_ranking_is_what_a_conversion_chooses_by(sources, tmp_path, monkeypatch):
     recipe = make_recipe(sources, **{"kernel.keep_softmax": 1})
     ranking = rank_layers(recipe)
     gains = [layer["gain"] for layer in ranking["layers"]]

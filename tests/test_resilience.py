@@ -25,9 +25,8 @@ from flexdistill.distill import interruption, loop
 from flexdistill.distill.stage import feature_maps
 from flexdistill.recipe import Recipe
 from flexdistill.runs import locked
-from tests.distill.stages import assert_equal, teacher
+from tests.distill.stages import assert_equal
 from tests.forked import AtStep, Forked, Launched, together
-from tests.tiny import save_tiny
 
 # how often the run of the kill test is killed; a handful unless told otherwise
 KILLS = int(os.environ.get("FLEXDISTILL_KILLS", "6"))
@@ -57,11 +56,10 @@ def interrupts():
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, tiny_tokenizer):
+def sources(sources, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    save_tiny(folder / "llama", teacher("llama"), tiny_tokenizer)
-    sentences = (f"Line {n}: the {n % 7} of {n * n % 101} went to {n % 13} with {n % 5} more.\n" for n in range(200))
-    (folder / "text.txt").write_text("".join(sentences))
+    shutil.copytree(sources / "llama", folder / "llama")
+    shutil.copyfile(sources / "text.txt", folder / "text.txt")
     (folder / "recipe.yaml").write_text(Recipe().override(RECIPE).to_yaml())
     return folder
 
@@ -422,13 +420,13 @@ def whole_of_two(sources, tmp_path_factory):
     """Weights of two processes that nothing ends."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(sources, folder, dirs_exist_ok=True)
-    for process in together(CONVERT, folder, (None, None)):
+    for process in together(CONVERT, folder):
         assert process.wait() == 0, process.stderr
     return weights(folder)
 
 
 def assert_two_resume(folder, whole_of_two):
-    for process in together(RESUME, folder, (None, None)):
+    for process in together(RESUME, folder):
         assert process.wait() == 0, process.stderr
     assert_equal(weights(folder), whole_of_two)
 

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from flexdistill.recipe import DataRecipe
 from flexdistill.recipe_sections import WeightedTextRecipe
 from flexdistill.token_cache import cache_folder, read_tokens
 from tests import tiny
+from tests.forked import Forked
 
 ROWS = [f"Row {number} is about {number * number}.\n" for number in range(40)]
 
@@ -170,24 +170,19 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder(False) is None
 
 
-READER = """
-import sys
-from pathlib import Path
-from flexdistill import token_cache
-from flexdistill.recipe_sections import WeightedTextRecipe
-from tests.tiny import tiny_tokenizer
-calls, original = [], token_cache.token_pieces
-token_cache.token_pieces = lambda *args: calls.append(args) or original(*args)
-tokens = token_cache.read_tokens(WeightedTextRecipe(source=sys.argv[1]), tiny_tokenizer(), 10**6, Path(sys.argv[2]))
-print(len(calls), len(tokens), int(tokens.long().sum()))
-"""
+def reader():
+    """A process that says how often it tokenised, and what it read."""
+    calls, original = [], token_cache.token_pieces
+    token_cache.token_pieces = lambda *args: calls.append(args) or original(*args)
+    source, folder = sys.argv[1:]
+    tokens = token_cache.read_tokens(WeightedTextRecipe(source=source), tiny.tiny_tokenizer(), 10**6, Path(folder))
+    print(len(calls), len(tokens), int(tokens.long().sum()))
 
 
-def test_two_processes_at_once_tokenise_once(text, folder, tiny_tokenizer):
-    command = [sys.executable, "-c", READER, text.source, str(folder)]
-    root = Path(__file__).parents[1]
-    processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [list(map(int, process.communicate(timeout=300)[0].split())) for process in processes]
+def test_two_processes_at_once_tokenise_once(text, folder, tmp_path, tiny_tokenizer):
+    processes = [Forked([text.source, str(folder)], tmp_path, program=reader, rank=rank) for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 0], processes[0].stderr + processes[1].stderr
+    results = [list(map(int, process.stdout.split())) for process in processes]
     expected = all_tokens(tiny_tokenizer)
     assert sorted(calls for calls, _, _ in results) == [0, 1]
     assert all(rest == [len(expected), int(expected.sum())] for _, *rest in results)

@@ -7,7 +7,7 @@ from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert
 from flexdistill.recipe_sections import TrackingRecipe
 from flexdistill.tracking import check_trackers
-from tests.test_pipeline import Interrupted, interrupt, make_recipe, sources  # noqa: F401 (fixtures)
+from tests.conversions import Interrupted, make_recipe
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def entries(folder, stage):
     return [json.loads(line) for line in (folder / f"{stage}.jsonl").read_text().splitlines()]
 
 
-def test_trackers_are_told_what_the_logs_hold(sources, tmp_path, memory):  # noqa: F811
+def test_trackers_are_told_what_the_logs_hold(sources, tmp_path, memory):
     settings = {"tracking.trackers": "memory", "tracking.project": "mine", "kernel.component": "trigonometric"}
     recipe = make_recipe(sources, **settings)
     convert(recipe, tmp_path / "out")
@@ -56,7 +56,7 @@ def test_trackers_are_told_what_the_logs_hold(sources, tmp_path, memory):  # noq
             assert memory["figures"][start + step] == expected
 
 
-def test_logs_hold_what_training_is_watched_by(sources, tmp_path):  # noqa: F811
+def test_logs_hold_what_training_is_watched_by(sources, tmp_path):
     convert(make_recipe(sources, **{"kernel.component": "trigonometric"}), tmp_path / "out")
     common = {"loss", "gradient_norm", "learning_rate_factor", "guarded_rows", "tokens_per_s", "peak_memory_bytes"}
     layers = [f"attention_kl/layers.{layer}.self_attn" for layer in (0, 1)]
@@ -70,7 +70,7 @@ def test_logs_hold_what_training_is_watched_by(sources, tmp_path):  # noqa: F811
         assert common | {"kl"} <= entry.keys()
 
 
-def test_a_resumed_run_may_be_tracked_elsewhere(sources, tmp_path, memory, interrupt):  # noqa: F811
+def test_a_resumed_run_may_be_tracked_elsewhere(sources, tmp_path, memory, interrupt):
     interrupt(6)
     with pytest.raises(Interrupted):
         convert(make_recipe(sources), tmp_path / "out")
@@ -80,14 +80,14 @@ def test_a_resumed_run_may_be_tracked_elsewhere(sources, tmp_path, memory, inter
     assert list(memory["figures"]) == [5, 6, 7, 8]
 
 
-def test_a_tracker_is_finished_when_training_fails(sources, tmp_path, memory, interrupt):  # noqa: F811
+def test_a_tracker_is_finished_when_training_fails(sources, tmp_path, memory, interrupt):
     interrupt(3)
     with pytest.raises(Interrupted):
         convert(make_recipe(sources, **{"tracking.trackers": "memory"}), tmp_path / "out")
     assert memory["finished"] == 1
 
 
-def test_tensorboard(sources, tmp_path):  # noqa: F811
+def test_tensorboard(sources, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -99,7 +99,7 @@ def test_tensorboard(sources, tmp_path):  # noqa: F811
     assert found == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in expected]
 
 
-def test_trackers_that_are_not_there_are_told_first(sources, tmp_path, monkeypatch):  # noqa: F811
+def test_trackers_that_are_not_there_are_told_first(sources, tmp_path, monkeypatch):
     monkeypatch.setattr("flexdistill.tracking.get_available_trackers", lambda: [])
     message = r"^Tracker 'wandb' needs the package wandb; run `pip install wandb`, or leave it out\.$"
     with pytest.raises(FlexdistillError, match=message):

@@ -14,14 +14,7 @@ from flexdistill.errors import FlexdistillError
 from flexdistill.evaluation import load_converted
 from flexdistill.recipe import Recipe
 from flexdistill.runs import locked
-from tests.test_pipeline import (  # noqa: F401 (fixtures)
-    Interrupted,
-    assert_same_weights,
-    interrupt,
-    listing,
-    sources,
-    weights,
-)
+from tests.conversions import Interrupted, assert_same_weights, listing, weights
 from tests.tiny import VOCABULARY, save_tiny, tiny_bert, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert}
@@ -37,12 +30,12 @@ SETTINGS = {
 
 
 @pytest.fixture
-def untrained(tmp_path, sources):  # noqa: F811
+def untrained(tmp_path, sources):
     flexdistill.init(str(sources / "llama"), tmp_path / "untrained", kernel__window=4)
     return tmp_path / "untrained"
 
 
-def train(folder, output, sources, **settings):  # noqa: F811
+def train(folder, output, sources, **settings):
     return flexdistill.train(
         str(folder), output, data__source=str(sources / "text.txt"), **SETTINGS | settings, overwrite=True
     )
@@ -67,7 +60,7 @@ def test_init_writes_what_loads(name, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file() and (tmp_path / "out" / "modeling_flexformer.py").is_file()
 
 
-def test_a_config_file_is_enough(tmp_path, run):  # noqa: F811
+def test_a_config_file_is_enough(tmp_path, run):
     tiny_llama().config.save_pretrained(tmp_path / "config")
     (tmp_path / "config" / "config.json").rename(tmp_path / "tiny.json")
     result = run("init", "tiny.json", "out", "--variant", "hedgehog", "--seed", "1", "--json")
@@ -85,7 +78,7 @@ def test_a_config_file_is_enough(tmp_path, run):  # noqa: F811
     assert refused.code == 2 and "not empty; choose another --output, or pass --overwrite" in refused.err
 
 
-def test_init_takes_another_tokenizer_and_explains_bad_input(tmp_path, sources):  # noqa: F811
+def test_init_takes_another_tokenizer_and_explains_bad_input(tmp_path, sources):
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(tiny_llama().config.to_dict() | {"architectures": None}))
     flexdistill.init(str(config), tmp_path / "out", tokenizer=str(sources / "llama"))
@@ -106,7 +99,7 @@ def test_init_takes_another_tokenizer_and_explains_bad_input(tmp_path, sources):
     assert listing(tmp_path) == before
 
 
-def test_training_on_labels_lowers_the_loss(untrained, tmp_path, sources):  # noqa: F811
+def test_training_on_labels_lowers_the_loss(untrained, tmp_path, sources):
     metrics = train(untrained, tmp_path / "out", sources)
     assert metrics["perplexity_before"] == pytest.approx(VOCABULARY, rel=0.2)
     assert metrics["perplexity"] < 0.3 * metrics["perplexity_before"]
@@ -123,7 +116,7 @@ def test_training_on_labels_lowers_the_loss(untrained, tmp_path, sources):  # no
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_training_resumes(untrained, tmp_path, sources, interrupt):  # noqa: F811
+def test_training_resumes(untrained, tmp_path, sources, interrupt):
     settings = {"label_training__steps": 6, "checkpoint__every_steps": 2, "label_training__ema_decay": 0.9}
     expected = train(untrained, tmp_path / "whole", sources, **settings)
     interrupt(4)
@@ -135,7 +128,7 @@ def test_training_resumes(untrained, tmp_path, sources, interrupt):  # noqa: F81
     assert metrics["perplexity"] == expected["perplexity"]
 
 
-def test_a_signal_stops_it_and_it_goes_on(untrained, tmp_path, sources, run, monkeypatch):  # noqa: F811
+def test_a_signal_stops_it_and_it_goes_on(untrained, tmp_path, sources, run, monkeypatch):
     command = ["train", "untrained", "out", "--data", str(sources / "text.txt"), "--sequence-length", "32"]
     command += ["--steps", "6", "--batch-size", "2", "--set", "data.cache=false"]
     assert run(*command[:2], "whole", *command[3:]).code == 0
@@ -160,7 +153,7 @@ def test_a_signal_stops_it_and_it_goes_on(untrained, tmp_path, sources, run, mon
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_the_command(untrained, tmp_path, sources, run):  # noqa: F811
+def test_the_command(untrained, tmp_path, sources, run):
     arguments = ["train", "untrained", "out", "--data", str(sources / "text.txt"), "--sequence-length", "32"]
     nothing = run(*arguments)
     assert nothing.code == 2 and "label_training.steps is 0; set --steps" in nothing.err
@@ -170,7 +163,7 @@ def test_the_command(untrained, tmp_path, sources, run):  # noqa: F811
     assert (tmp_path / "out" / "label_training.jsonl").is_file()
 
 
-def test_what_cannot_be_trained_on_labels_is_refused(tmp_path, sources):  # noqa: F811
+def test_what_cannot_be_trained_on_labels_is_refused(tmp_path, sources):
     flexdistill.init(str(sources / "bert"), tmp_path / "bert")
     with pytest.raises(FlexdistillError, match="does not predict the next token"):
         train(tmp_path / "bert", tmp_path / "out", sources)

@@ -14,14 +14,7 @@ from flexdistill.devices import make_accelerator
 from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert, run_stages
 from flexdistill.recipe import Recipe
-from tests.test_pipeline import (  # noqa: F401 (fixtures)
-    Interrupted,
-    assert_same_weights,
-    interrupt,
-    make_recipe,
-    sources,
-    weights,
-)
+from tests.conversions import Interrupted, assert_same_weights, make_recipe, weights
 
 LABELS = {
     "label_training.steps": 4,
@@ -45,7 +38,7 @@ OPTIONS = LABELS | {
 }
 
 
-def test_label_training_is_a_third_stage(sources, tmp_path):  # noqa: F811
+def test_label_training_is_a_third_stage(sources, tmp_path):
     metrics = convert(make_recipe(sources, **LABELS), tmp_path / "out")
     assert [(stage["name"], stage["tokens"]) for stage in metrics["stages"]] == [
         ("attention_transfer", 256),
@@ -57,7 +50,7 @@ def test_label_training_is_a_third_stage(sources, tmp_path):  # noqa: F811
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
-def test_label_training_reads_what_follows(sources):  # noqa: F811
+def test_label_training_reads_what_follows(sources):
     recipe = make_recipe(sources, **LABELS | {"attention_transfer.validation_every": 2})
     source, tokenizer, model = inputs.load_source(recipe)
     sequences = inputs.load_sequences(recipe, model, tokenizer)
@@ -73,24 +66,24 @@ def test_label_training_reads_what_follows(sources):  # noqa: F811
 
 
 @pytest.mark.parametrize("step", [3, 7, 9, 11])
-def test_all_options_resume_as_the_uninterrupted_run(sources, tmp_path, interrupt, step):  # noqa: F811
+def test_all_options_resume_as_the_uninterrupted_run(sources, whole_run, tmp_path, interrupt, step):
     recipe = make_recipe(sources, **OPTIONS)
-    expected = convert(recipe, tmp_path / "whole")
+    whole, expected = whole_run(recipe)
     interrupt(step)
     with pytest.raises(Interrupted):
         convert(recipe, tmp_path / "resumed")
     interrupt(None)
     moved = recipe.override({"data.cache": str(tmp_path / "cache")})
     metrics = convert(moved, tmp_path / "resumed", resume=True)
-    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+    assert_same_weights(tmp_path / "resumed", whole)
     assert metrics["rows"] == expected["rows"]
-    assert Recipe.load(tmp_path / "whole" / "recipe.yaml") == recipe.override(
+    assert Recipe.load(whole / "recipe.yaml") == recipe.override(
         {"kernel.component": "hyperbolic", "kernel.tied": False}
     )
 
 
 @pytest.fixture(scope="module")
-def tied_source(sources, tmp_path_factory, tiny_tokenizer):  # noqa: F811
+def tied_source(sources, tmp_path_factory, tiny_tokenizer):
     from tests.distill.stages import teacher
     from tests.tiny import save_tiny
 
@@ -98,7 +91,7 @@ def tied_source(sources, tmp_path_factory, tiny_tokenizer):  # noqa: F811
 
 
 @pytest.mark.parametrize("tied_embeddings", ["untied", "retied"])
-def test_embeddings_are_trained_apart(sources, tied_source, tmp_path, interrupt, tied_embeddings):  # noqa: F811
+def test_embeddings_are_trained_apart(sources, tied_source, tmp_path, interrupt, tied_embeddings):
     recipe = make_recipe(sources, model=str(tied_source), tied_embeddings=tied_embeddings, **LABELS)
     convert(recipe, tmp_path / "whole")
     assert ("lm_head.weight" in weights(tmp_path / "whole")) == (tied_embeddings == "untied")
@@ -125,7 +118,7 @@ BAD_OPTIONS = [
 ]
 
 
-def test_shards_need_validation_shared_out_evenly(sources):  # noqa: F811
+def test_shards_need_validation_shared_out_evenly(sources):
     settings = {"logit_distillation.parallel": "fsdp", "logit_distillation.validation_every": 2}
     two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), mixed_precision="no")
     for count, refusal in (
@@ -137,7 +130,7 @@ def test_shards_need_validation_shared_out_evenly(sources):  # noqa: F811
             inputs.check_devices(recipe, inputs.load_source(recipe)[2], two)
 
 
-def test_pauses_tell_the_tokens_of_a_stage_that_ends_early(sources, tmp_path):  # noqa: F811
+def test_pauses_tell_the_tokens_of_a_stage_that_ends_early(sources, tmp_path):
     early = {"steps": 40, "learning_rate": 0.2, "validation_every": 1, "patience": 1, "warmup_steps": 0}
     settings = {"attention_transfer.steps": 0} | {f"logit_distillation.{name}": value for name, value in early.items()}
     recipe, tokens = make_recipe(sources, **settings), []
@@ -151,13 +144,13 @@ def test_pauses_tell_the_tokens_of_a_stage_that_ends_early(sources, tmp_path):  
 
 
 @pytest.mark.parametrize(("name", "settings", "message"), BAD_OPTIONS)
-def test_options_that_do_not_fit_change_nothing(sources, tmp_path, name, settings, message):  # noqa: F811
+def test_options_that_do_not_fit_change_nothing(sources, tmp_path, name, settings, message):
     with pytest.raises(FlexdistillError, match=message):
         convert(make_recipe(sources, name, **settings), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cached_run_is_the_same_run(sources, tmp_path, capsys):  # noqa: F811
+def test_a_cached_run_is_the_same_run(sources, tmp_path, capsys):
     recipe = make_recipe(sources)
     for name in ("first", "second"):
         convert(recipe, tmp_path / name)

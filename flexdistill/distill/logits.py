@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..attention_modes import softmax_mode
@@ -20,18 +19,16 @@ from ..recipe import LogitDistillationRecipe, LoraRecipe
 from .compilation import layers_compiled, maybe_compiled
 from .heads import SplitModel, backward_in_pieces
 from .memory import gradient_checkpointing, round_linear_weights
-from .optimizers import make_optimizer, model_groups
+from .model_stage import ModelStage, check_labels
 from .sharding import free_gathered, gather_into, sharded_copy
-from .stage import StepLosses, feature_maps, first_non_finite_module, kernel_parameters, trainable
+from .stage import StepLosses, feature_maps, kernel_parameters, trainable
 from .throughput import kernel_flops, softmax_flops, weight_flops
 
 # logits held at once, of teacher and student each; a GPU waits for whoever sends it small pieces
 LOGITS_PER_PIECE = {"cpu": 2**25, "cuda": 2**27}
-# of Adam and AdamW where all weights are trained
-BETAS = (0.9, 0.95)
 
 
-class LogitDistillation:
+class LogitDistillation(ModelStage):
     """Forward KL to the teacher, mixed with the label loss; trains everything, LoRA adapters or kernels only.
 
     With adapters or kernels alone, the teacher is the student's own frozen weights under softmax attention.
@@ -43,12 +40,10 @@ class LogitDistillation:
     name = "logit_distillation"
 
     def __init__(self, model: PreTrainedModel, recipe: LogitDistillationRecipe, accelerator: Accelerator):
-        self.recipe, self.accelerator = recipe, accelerator
-        if recipe.label_weight and not all(feature_map.spec.causal for feature_map in feature_maps(model).values()):
-            raise FlexdistillError(
-                f"{type(model).__name__} does not predict the next token, so there are no labels to learn; "
-                "set logit_distillation.label_weight to 0."
-            )
+        super().__init__(model, recipe, accelerator)
+        if recipe.label_weight:
+            kernels = (feature_map.spec for feature_map in feature_maps(model).values())
+            check_labels(model, kernels, "set logit_distillation.label_weight to 0")
         self._own_teacher = self._copy_as_teacher(model) if recipe.train == "full" else None
         self._whole = model
         if self._shards:
@@ -63,15 +58,8 @@ class LogitDistillation:
             weights = {name: p for name, p in model.named_parameters() if name not in kernels}
         elif recipe.train == "lora":
             weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
-        self._trained = kernels | weights
-        self.optimizer = make_optimizer(recipe, model_groups(model, self._trained, recipe), BETAS)
-        self.clip_groups = [list(self._trained.values())]
         self._kl_divergence = maybe_compiled(kl_divergence, recipe.compile)
-        self.scaler = accelerator.scaler or torch.amp.GradScaler(enabled=False)
-        self.states = {"gradient_scaler": self.scaler}
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return self._trained
+        self.train_only(kernels | weights)
 
     def flops_per_token(self, length: int) -> float:
         """Forward passes of teacher and student, and a backward pass, without gradients of weights that are frozen."""
@@ -131,10 +119,6 @@ class LogitDistillation:
             )
         free_gathered(self._teacher.model)
         return StepLosses(total, mask.sum(), parts)
-
-    def blame(self, sequences: torch.Tensor) -> str:
-        with self.accelerator.autocast():
-            return first_non_finite_module(self.model, lambda: self.model(input_ids=sequences))
 
     def finish(self) -> None:
         """Merges the adapters into the weights, or gathers the shards; the model given at first is trained then."""

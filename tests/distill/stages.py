@@ -54,6 +54,22 @@ def label_training(model, **settings) -> LabelTraining:
     return LabelTraining(model, recipe, Accelerator(cpu=True))
 
 
+# by name; logit distillations by what they train
+STAGES = {
+    "attention transfer": attention_transfer,
+    "labels": label_training,
+    "full": lambda model, **settings: logit_distillation(model, train="full", **settings),
+    "lora": lambda model, **settings: logit_distillation(model, train="lora", **settings),
+    "kernels": lambda model, **settings: logit_distillation(model, train="kernels", **settings),
+}
+
+
+def make_stage(name: str, **settings):
+    """A stage that trains a student of its own, the same at every call."""
+    torch.manual_seed(1)
+    return STAGES[name](student(), **settings)
+
+
 def train(stage, steps: int | None = None, **options):
     """Runs a stage over tokens in a fixed order; returns the summary."""
     from flexdistill.distill.loop import run_stage

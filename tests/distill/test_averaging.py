@@ -3,14 +3,14 @@ import torch
 
 from flexdistill.distill.averaging import averaged, use_final_weights
 from flexdistill.distill.checkpoints import Checkpoints
-from tests.distill.stages import assert_equal, attention_transfer, logit_distillation, parameters, student, train
+from tests.distill.stages import (
+    assert_equal,
+    make_stage,
+    parameters,
+    train,
+)
 
-every_stage = pytest.mark.parametrize("make", [attention_transfer, logit_distillation])
-
-
-def make_stage(make, **settings):
-    torch.manual_seed(1)
-    return make(student(), **settings)
+every_stage = pytest.mark.parametrize("name", ["attention transfer", "full"])
 
 
 def trained(stage):
@@ -18,8 +18,8 @@ def trained(stage):
 
 
 @every_stage
-def test_the_average_is_that_of_all_steps(make):
-    stage, course = make_stage(make, ema_decay=0.9), []
+def test_the_average_is_that_of_all_steps(name):
+    stage, course = make_stage(name, ema_decay=0.9), []
     train(stage, steps=12, update=lambda *args, **figures: course.append(trained(stage)))
     expected = course[0]
     for step, weights in enumerate(course, start=1):
@@ -37,13 +37,13 @@ def test_the_average_is_that_of_all_steps(make):
 
 
 @every_stage
-def test_averages_survive_resuming(make, tmp_path):
-    whole = make_stage(make, ema_decay=0.9)
+def test_averages_survive_resuming(name, tmp_path):
+    whole = make_stage(name, ema_decay=0.9)
     train(whole)
     checkpoints = Checkpoints(tmp_path, keep=2, every_steps=3)
-    first = make_stage(make, ema_decay=0.9)
+    first = make_stage(name, ema_decay=0.9)
     train(first, stop_step=3, checkpoints=checkpoints)
-    second = make_stage(make, ema_decay=0.9)
+    second = make_stage(name, ema_decay=0.9)
     checkpoints.latest().load(second)
     train(second, start_step=3)
     for stage in (whole, second):
@@ -52,7 +52,7 @@ def test_averages_survive_resuming(make, tmp_path):
 
 
 def test_without_averages_the_last_weights_stay():
-    stage = make_stage(logit_distillation)
+    stage = make_stage("full")
     train(stage)
     last = parameters(stage.model)
     use_final_weights(stage.optimizer)

@@ -14,21 +14,16 @@ from flexdistill.distill import checkpoints as checkpoints_module
 from flexdistill.distill.checkpoints import Checkpoints
 from flexdistill.distill.random_state import random_state, set_random_state
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
-from tests.distill.stages import assert_equal, logit_distillation, parameters, student, train
+from tests.distill.stages import assert_equal, make_stage, parameters, train
 
 FILES = ("counters.json", "random.json", "parameters.safetensors", "optimizer.safetensors", "states.safetensors")
-
-
-def make_stage():
-    torch.manual_seed(1)
-    return logit_distillation(student(), train="kernels")
 
 
 @pytest.fixture
 def two(tmp_path):
     """Checkpoints of the first and the second step."""
     checkpoints = Checkpoints(tmp_path, keep=2, every_steps=1)
-    train(make_stage(), steps=2, checkpoints=checkpoints)
+    train(make_stage("kernels"), steps=2, checkpoints=checkpoints)
     return checkpoints
 
 
@@ -116,11 +111,11 @@ def test_random_generators_go_on():
 
 
 def test_loading_puts_random_generators_back(tmp_path):
-    checkpoints, stage = Checkpoints(tmp_path, keep=1), make_stage()
+    checkpoints, stage = Checkpoints(tmp_path, keep=1), make_stage("kernels")
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     checkpoints.save(stage, 0, 1)
     expected = random.random(), float(np.random.rand()), float(torch.rand(()))
-    checkpoints.latest().load(make_stage())
+    checkpoints.latest().load(make_stage("kernels"))
     assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == expected
 
 
@@ -150,7 +145,7 @@ class Counter:
 def test_further_states_are_kept(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     counter = Counter(3, torch.randn(2, 2))
-    checkpoints, stage, other = Checkpoints(tmp_path, keep=1), make_stage(), make_stage()
+    checkpoints, stage, other = Checkpoints(tmp_path, keep=1), make_stage("kernels"), make_stage("kernels")
     stage.states = {"scaler": scaler, "counter": counter}
     checkpoints.save(stage, 0, 1)
     other.states = loaded = {"scaler": torch.amp.GradScaler("cpu"), "counter": Counter(0, None)}
@@ -161,14 +156,14 @@ def test_further_states_are_kept(tmp_path):
 
 
 def test_a_state_that_the_checkpoint_lacks_is_refused(two):
-    stage = make_stage()
+    stage = make_stage("kernels")
     stage.states = {"average": Counter(0, None)}
     with pytest.raises(FlexdistillError, match=r"differs in average, .*--overwrite"):
         two.latest().load(stage)
 
 
 def test_parameters_that_are_not_finite_are_not_saved(two, tmp_path):
-    stage = make_stage()
+    stage = make_stage("kernels")
     name, parameter = list(stage.trained().items())[-1]
     with torch.no_grad():
         parameter.view(-1)[-1] = torch.inf
@@ -184,12 +179,12 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     ticks = itertools.count(0, 25)
     monkeypatch.setattr(checkpoints_module.time, "monotonic", lambda: float(next(ticks)))
     checkpoints = Checkpoints(tmp_path, keep=9, every_minutes=1)
-    stage = make_stage()
+    stage = make_stage("kernels")
     summary = train(stage, checkpoints=checkpoints, log_file=tmp_path / "log.jsonl")
     # 25 s a step and as many for each checkpoint
     assert sorted(folder.name for folder in tmp_path.glob("0-*")) == ["0-00000003", "0-00000006"]
     elapsed = [json.loads(line)["elapsed_s"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert elapsed == sorted(elapsed) and elapsed[0] >= 0 and elapsed[-1] <= summary["elapsed_s"] < 600
-    whole = make_stage()
+    whole = make_stage("kernels")
     train(whole)
     assert_equal(parameters(stage.model), parameters(whole.model))

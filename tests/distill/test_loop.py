@@ -3,8 +3,8 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,30 +16,19 @@ from flexdistill.distill.loop import learning_rate_factor
 from flexdistill.distill.stage import feature_maps
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from tests.distill.stages import (
+    STAGES,
     assert_equal,
-    attention_transfer,
-    label_training,
     log_entries,
     logit_distillation,
+    make_stage,
     parameters,
     sequences,
     student,
     train,
 )
+from tests.forked import Forked
 
-STAGES = {
-    "attention transfer": attention_transfer,
-    "labels": label_training,
-    "full": lambda model, **settings: logit_distillation(model, train="full", **settings),
-    "lora": lambda model, **settings: logit_distillation(model, train="lora", **settings),
-    "kernels": lambda model, **settings: logit_distillation(model, train="kernels", **settings),
-}
 every_stage = pytest.mark.parametrize("name", STAGES)
-
-
-def make_stage(name, **settings):
-    torch.manual_seed(1)
-    return STAGES[name](student(), **settings)
 
 
 def states(stage):
@@ -217,30 +206,21 @@ def test_a_checkpoint_that_cannot_be_written_is_not_there(when, tmp_path, monkey
     assert checkpoints.latest().step == 1
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from flexdistill.distill.checkpoints import Checkpoints
-from flexdistill.errors import FlexdistillError
-from tests.distill.test_loop import make_stage
-stage = make_stage("full")
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-try:
-    Checkpoints(Path(sys.argv[1]), 2).save(stage, 0, 1)
-except FlexdistillError as error:
-    print(error)
-"""
+def write_beyond_the_limit():
+    stage = make_stage("full")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    try:
+        Checkpoints(Path("run"), 2).save(stage, 0, 1)
+    except FlexdistillError as error:
+        print(error)
 
 
 def test_a_real_write_error_is_explained(tmp_path):
     """safetensors has an error type of its own for files that cannot be written."""
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")], cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    assert "0-00000001 could not be written" in run.stdout and run.stdout.count("\n") == 1, run.stdout
+    process = Forked([], tmp_path, program=write_beyond_the_limit)
+    assert process.wait() == 0, process.stderr
+    assert "0-00000001 could not be written" in process.stdout and process.stdout.count("\n") == 1, process.stdout
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -1,10 +1,7 @@
 """One, two and four processes, whole or sharded, and any split of a batch give the same training."""
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,26 +17,17 @@ from flexdistill.errors import FlexdistillError
 from tests.distill import two_processes
 from tests.distill.stages import (
     assert_equal,
-    attention_transfer,
     logit_distillation,
+    make_stage,
     parameters,
     sequences,
     student,
     teacher,
     train,
 )
+from tests.forked import together
 
-STAGES = {
-    "attention transfer": attention_transfer,
-    "full": lambda model, **settings: logit_distillation(model, train="full", **settings),
-    "lora": lambda model, **settings: logit_distillation(model, train="lora", **settings),
-}
-every_stage = pytest.mark.parametrize("name", STAGES)
-
-
-def make_stage(name, **settings):
-    torch.manual_seed(1)
-    return STAGES[name](student(), **settings)
+every_stage = pytest.mark.parametrize("name", ["attention transfer", "full", "lora"])
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -52,19 +40,11 @@ def assert_close(actual, expected, tolerance=1e-5):
 def results(tmp_path_factory):
     """The results of one process and of each of two."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [*command, "-m", "tests.distill.two_processes", str(folder)],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    processes = together([str(folder)], folder, program=two_processes.main)
+    assert [process.wait(300) for process in processes] == [0, 0], processes[0].stderr + processes[1].stderr
+    stderr = "".join(process.stderr for process in processes)
     told = "A step ran out of memory; micro-batches have 1 sequences from now on."
-    assert run.stderr.count(told) == 3, run.stderr  # once per stage
+    assert stderr.count(told) == 3, stderr  # once per stage
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(two_processes.logits, "LOGITS_PER_PIECE", 0)  # put back what `results` sets
         one = two_processes.results(tmp_path_factory.mktemp("one"))

@@ -1,33 +1,18 @@
 import json
 
 import pytest
-import torch
 
 from flexdistill.distill.averaging import use_final_weights
 from flexdistill.distill.checkpoints import Checkpoints
 from tests.distill.stages import (
     assert_equal,
-    attention_transfer,
-    label_training,
-    logit_distillation,
+    make_stage,
     parameters,
     sequences,
-    student,
     train,
 )
 
-STAGES = {
-    "attention transfer": attention_transfer,
-    "full": logit_distillation,
-    "lora": lambda model, **settings: logit_distillation(model, train="lora", **settings),
-    "labels": label_training,
-}
 HELD_OUT = sequences(20)[-5:]
-
-
-def make_stage(name, **settings):
-    torch.manual_seed(1)
-    return STAGES[name](student(), **settings)
 
 
 def losses(log):
@@ -35,7 +20,7 @@ def losses(log):
     return {entry["step"]: entry["validation_loss"] for entry in entries if "validation_loss" in entry}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ["attention transfer", "full", "lora", "labels"])
 def test_validation_is_the_stages_own_loss_and_changes_nothing(name, tmp_path):
     plain, validated, log = make_stage(name), make_stage(name, validation_every=4), tmp_path / "log.jsonl"
     train(plain)

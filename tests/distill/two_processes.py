@@ -95,7 +95,7 @@ def results(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{case}/{name}": value for case, run in cases.items() for name, value in run().items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
     folder = Path(sys.argv[1])
     found = results(folder)
     assert PartialState().num_processes == 2

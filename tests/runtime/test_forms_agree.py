@@ -51,47 +51,54 @@ def quadratic(feature_map, query, key, value, visible, scaling):
     return weights @ value.float().repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
 
 
-def assert_agree(actual, expected, dtype):
-    assert actual.dtype == dtype and actual.isfinite().all()
-    assert (actual.float() - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max().clamp_min(1)
-
-
-@property_test
-@given(attentions(causal=True))
-@torch.no_grad()
-def test_parallel_form_is_quadratic(case):
+def in_parts(case, sizes):
+    """The output of attention over one part of the sequence after the other, and the memory after each."""
     feature_map, query, key, value, visible, scaling = case
-    output, _ = attend(feature_map, query, key, value, scaling=scaling, visible=visible)
-    assert_agree(output, quadratic(*case), query.dtype)
-
-
-@property_test
-@given(attentions(causal=False))
-@torch.no_grad()
-def test_bidirectional_form_is_quadratic(case):
-    feature_map, query, key, value, visible, scaling = case
-    output, memory = attend(feature_map, query, key, value, scaling=scaling, visible=visible)
-    assert memory is None
-    assert_agree(output, quadratic(*case), query.dtype)
-
-
-@property_test
-@given(attentions(causal=True), st.lists(st.integers(1, 40), max_size=12))
-@torch.no_grad()
-def test_any_split_is_quadratic(case, sizes):
-    feature_map, query, key, value, visible, scaling = case
-    length, start, memory, outputs, sizes_seen = query.shape[-2], 0, None, [], set()
+    length, start, outputs, memories = query.shape[-2], 0, [], [None]
     for size in [*sizes, length]:
         part = slice(start, min(start + size, length))
         if part.start == part.stop:
             break
         seen = None if visible is None else visible[:, part]
         tensors = (x[:, :, part] for x in (query, key, value))
-        output, memory = attend(feature_map, *tensors, scaling=scaling, visible=seen, memory=memory)
+        output, memory = attend(feature_map, *tensors, scaling=scaling, visible=seen, memory=memories[-1])
         outputs.append(output)
-        sizes_seen.add(sum(x.numel() for x in (memory.key, memory.value, memory.visible, memory.state.values)))
+        memories.append(memory)
         start = part.stop
-    assert_agree(torch.cat(outputs, dim=2), quadratic(*case), query.dtype)
+    return torch.cat(outputs, dim=2), memories[1:]
+
+
+def assert_quadratic(case, output):
+    _, query, *_ = case
+    expected = quadratic(*case)
+    assert output.dtype == query.dtype and output.isfinite().all()
+    assert (output.float() - expected).abs().max() <= TOLERANCE[query.dtype] * expected.abs().max().clamp_min(1)
+
+
+@property_test
+@given(attentions(causal=True))
+@torch.no_grad()
+def test_parallel_form_is_quadratic(case):
+    output, _ = in_parts(case, [])
+    assert_quadratic(case, output)
+
+
+@property_test
+@given(attentions(causal=False))
+@torch.no_grad()
+def test_bidirectional_form_is_quadratic(case):
+    output, memories = in_parts(case, [])
+    assert memories == [None]
+    assert_quadratic(case, output)
+
+
+@property_test
+@given(attentions(causal=True), st.lists(st.integers(1, 40), max_size=12))
+@torch.no_grad()
+def test_any_split_is_quadratic(case, sizes):
+    output, memories = in_parts(case, sizes)
+    assert_quadratic(case, output)
+    sizes_seen = {sum(x.numel() for x in (m.key, m.value, m.visible, m.state.values)) for m in memories}
     assert len(sizes_seen) == 1  # the memory does not grow
 
 
@@ -99,11 +106,5 @@ def test_any_split_is_quadratic(case, sizes):
 @given(attentions(causal=True).filter(lambda case: case[1].shape[-2] <= 40))
 @torch.no_grad()
 def test_token_by_token_is_quadratic(case):
-    feature_map, query, key, value, visible, scaling = case
-    memory, outputs = None, []
-    for t in range(query.shape[-2]):
-        seen = None if visible is None else visible[:, t, None]
-        tensors = (x[:, :, t, None] for x in (query, key, value))
-        output, memory = attend(feature_map, *tensors, scaling=scaling, visible=seen, memory=memory)
-        outputs.append(output)
-    assert_agree(torch.cat(outputs, dim=2), quadratic(*case), query.dtype)
+    output, _ = in_parts(case, [1] * case[1].shape[-2])
+    assert_quadratic(case, output)
