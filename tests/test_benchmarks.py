@@ -183,7 +183,8 @@ def test_fidelity(models, monkeypatch, capsys, tmp_path):
 
 def test_throughput(monkeypatch, capsys, tmp_path):
     output = tmp_path / "throughput.json"
-    arguments = ["--tiny", "--batch-size", 1, "--length", 8, "--steps", 1, "--ways", "plain", "decay", "--output", output]
+    arguments = ["--tiny", "--batch-size", 1, "--length", 8, "--steps", 1, "--ways", "plain", "decay"]
+    arguments += ["--output", output]
     printed = run_script("throughput.py", monkeypatch, capsys, *arguments)
     results = json.loads(output.read_text())
     assert [result["decay"] for result in results] == [False, True]
