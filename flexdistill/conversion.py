@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .attention_modes import AttentionCall
 from .attention_search import attention_calls, evaluating, reason_to_keep
+from .devices import exact_float32
 from .errors import FlexdistillError
 from .recipe import KernelRecipe
 from .runtime.configuration_flexformer import FlexformerConfigMixin, KernelSpec
@@ -118,7 +119,7 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     _check_architecture(model)
     if feature_map_class(kernel.variant, kernel.component).has_horizon and kernel.horizon is None:
         kernel = kernel.model_copy(update={"horizon": max_positions(model)})
-    with evaluating(model):
+    with evaluating(model), exact_float32():
         calls = attention_calls(model)
         reasons = {module: reason_to_keep(model, each) for module, each in calls.items()}
     names = {module: name for name, module in model.base_model.named_modules()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +43,17 @@ def make_accelerator(precision: str, *, cpu_offload: bool = False) -> Accelerato
     mixed_precision = precision if precision in ("bf16", "fp16") else "no"
     handlers = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if cpu_offload and on_gpu else []
     return Accelerator(mixed_precision=mixed_precision, cpu=not on_gpu, kwargs_handlers=handlers)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products of float32 matrices have float32's precision inside the context, whatever a run has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexdistill.conversion import apply_plan, make_plan
+from flexdistill.distill.placement import Placement
 from flexdistill.doctor import examine
 from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert
-from flexdistill.recipe import Recipe
+from flexdistill.recipe import KernelRecipe, Recipe
 from flexdistill.runtime.attention import attend
 from flexdistill.runtime.backend import VARIABLE
 from flexdistill.runtime.configuration_flexformer import KernelSpec
@@ -46,6 +48,17 @@ def test_attention_on_gpu_equals_cpu(variant, component, window, dtype, toleranc
     feature_map.cuda()
     actual, _ = attend(feature_map, *(x.cuda() for x in inputs), scaling=64**-0.5, visible=visible.cuda())
     assert (actual.float().cpu() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_plans_do_not_depend_on_the_precision_of_products():
+    torch.set_float32_matmul_precision("high")
+    try:
+        model = tiny_llama().cuda()
+        assert len(make_plan(model, KernelRecipe()).converted) == 2
+        assert torch.get_float32_matmul_precision() == "high"
+        Placement(apply_plan(model, make_plan(model, KernelRecipe())), position_range=16384).remove()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_doctor_finds_gpu_usable():
