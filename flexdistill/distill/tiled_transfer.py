@@ -95,8 +95,8 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible) -> Attentio
         feature_map.signed,
         feature_map.calibrated,
     )
-    count_guarded(statistics[4] > 0)
-    return AttentionRows(*rows.unbind(), teacher, student)
+    count_guarded(statistics[3] > 0)
+    return AttentionRows(*rows[:3].unbind(), teacher, student)
 
 
 def _feature_dtype(feature_map: FeatureMap, query: torch.Tensor, value: torch.Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from ..losses import LEAST_WEIGHT
 from ..runtime.feature_maps import POSITIVE_GUARD, SIGNED_GUARD
 
 # statistics and losses are kept as rows of one tensor: how many of each
-_ROWS, _STATISTICS = 3, 5
+_ROWS, _STATISTICS = 4, 5
 _LOG2E = 1.4426950408889634
 # tokens of the tile that a program keeps and of those that it walks along, largest first
 TILES = (64, 32), (32, 32), (16, 16)
@@ -49,19 +49,24 @@ def transfer_op(
         visible: (B, T) uint8.
 
     Returns:
-        (3, B, H, T): cross-entropy, entropy, negative mass; (B, H, T, D): the teacher's output; the student's;
-        (5, B, H, T): what the backward pass needs (log2 of the teacher's sum, the far weights' factor, their share of
-        the row's mass, the teacher's share of keys whose weight is not below the least, the bound of guarded rows).
+        (4, B, H, T): cross-entropy, entropy, negative mass, the teacher's share of keys whose weight is not below the
+        least; (B, H, T, D): the teacher's output; the student's; (5, B, H, T): log2 of the teacher's sum, the far
+        weights' factor, their share of the row's mass, the bound of guarded rows, log2 of the near weights' divisor.
     """
     rows, teacher, student, statistics = _outputs(q_features, value)
     kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
-    _kernels().forward_kernel[_grid(q_features, kept)](
-        q_features, k_features, _pointer(decay, mix), log_weight, k_norm, row_maximum, mix, query, key, value,
-        _pointer(visible, mix),
-        rows, teacher, student, statistics, *_sizes(q_features, k_features, key, value, window), scaling * _LOG2E,
-        SIGNED_GUARD if signed else POSITIVE_GUARD, LEAST_WEIGHT, QUERIES=kept, KEYS=walked, WINDOWED=window > 0,
-        CALIBRATED=calibrated, DECAY=decay is not None, DECAY_BLOCK=DECAY_BLOCK,
-        **_settings(q_features, query, value, visible, causal, signed, kept),
+    settings = _settings(q_features, query, value, visible, causal, signed, kept)
+    settings |= dict(QUERIES=kept, KEYS=walked, WINDOWED=window > 0, DECAY=decay is not None, DECAY_BLOCK=DECAY_BLOCK)
+    sizes = (*_sizes(q_features, k_features, key, value, window), scaling * _LOG2E)
+    features, visible = (q_features, k_features, _pointer(decay, mix), log_weight), _pointer(visible, mix)
+    only = {name: value for name, value in settings.items() if name not in ("BLOCK_V", "VALUE_DTYPE")}
+    _kernels().totals_kernel[_grid(q_features, kept)](
+        *features, k_norm, row_maximum, mix, query, key, visible, statistics, *sizes,
+        SIGNED_GUARD if signed else POSITIVE_GUARD, CALIBRATED=calibrated, **only,
+    )  # fmt: skip
+    _kernels().rows_kernel[_grid(q_features, kept)](
+        *features, row_maximum, query, key, value, visible, rows, teacher, student, statistics, *sizes, LEAST_WEIGHT,
+        **settings,
     )  # fmt: skip
     return rows, teacher, student, statistics
 
@@ -141,8 +146,9 @@ def _backward(ctx, d_rows, _, d_student, __):
     d_rows = torch.zeros_like(rows) if d_rows is None else d_rows
     d_student = torch.zeros_like(student) if d_student is None else d_student
     d_student = d_student.to(_value_dtype(value)).contiguous()
-    _, far_scale, far_share, kept_share, bound = statistics
-    d_cross_entropy, _, d_negative = d_rows
+    _, far_scale, far_share, bound, _ = statistics
+    d_cross_entropy, _, d_negative, _ = d_rows
+    kept_share = rows[3]
     # sum_j a_ij (gradient by a_ij): what moves the denominator; where it is guarded, the bound has it instead
     common = d_negative * rows[2] - d_cross_entropy * kept_share + (d_student.float() * student).sum(-1)
     guarded = bound > 0

@@ -33,19 +33,14 @@ from .triton_tiles import (
 
 
 @triton.jit
-def forward_kernel(
-    Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, K_NORM, ROW_MAXIMUM, MIX, Q, K, V, VISIBLE,
-    ROWS, TEACHER, STUDENT, STATISTICS,
-    TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, GUARD, LEAST_WEIGHT,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+def totals_kernel(
+    Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, K_NORM, ROW_MAXIMUM, MIX, Q, K, VISIBLE, STATISTICS,
+    TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, GUARD,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, CALIBRATED: tl.constexpr, MASKED: tl.constexpr,
-    DECAY: tl.constexpr, DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, DECAY_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both outputs and, per row, the losses and the statistics that the backward pass needs.
-
-    The first walk over the keys gives every denominator, so that the second knows each weight exactly, and with it
-    which weights lie below the least that the cross-entropy distinguishes.
-    """
+    """Each row's sums over all its keys, without which no weight is known."""
     # later rows see more keys, so their programs start first
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     pair = tl.program_id(1)
@@ -55,7 +50,7 @@ def forward_kernel(
     K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
     LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
     K_NORM = head_of(K_NORM, state_pair, LENGTH, 1)
-    K, V = head_of(K, kv_pair, LENGTH, D), head_of(V, kv_pair, LENGTH, DV)
+    K = head_of(K, kv_pair, LENGTH, D)
     VISIBLE += batch * LENGTH
 
     row = start + tl.arange(0, QUERIES)
@@ -113,6 +108,44 @@ def forward_kernel(
     denominator = tl.where(denominator == 0, 1.0, denominator)
     far_scale /= denominator
     near_shift += tl.log2(denominator)
+    STATISTICS = head_of(STATISTICS, pair, LENGTH, 1) + row
+    tl.store(STATISTICS, log_sum, exists)
+    tl.store(STATISTICS + TOKENS, far_scale, exists)
+    tl.store(STATISTICS + 2 * TOKENS, far_scale * far_total, exists)
+    tl.store(STATISTICS + 3 * TOKENS, tl.where(guarded, bound if SIGNED else 1.0, 0.0), exists)
+    tl.store(STATISTICS + 4 * TOKENS, near_shift, exists)
+
+
+@triton.jit
+def rows_kernel(
+    Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, ROWS, TEACHER, STUDENT, STATISTICS,
+    TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr, DECAY: tl.constexpr,
+    DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both outputs and each row's losses, given its sums."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    pair = tl.program_id(1)
+    batch, head = pair // HEADS, pair % HEADS
+    state_pair = batch * STATE_HEADS + head // (HEADS // STATE_HEADS)
+    kv_pair = batch * KV_HEADS + head // (HEADS // KV_HEADS)
+    K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
+    LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
+    K, V = head_of(K, kv_pair, LENGTH, D), head_of(V, kv_pair, LENGTH, DV)
+    VISIBLE += batch * LENGTH
+
+    row = start + tl.arange(0, QUERIES)
+    exists = row < LENGTH
+    query = load_tokens(head_of(Q, pair, LENGTH, D), row, LENGTH, D, BLOCK_D)
+    RATE += state_pair % STATE_HEADS * F
+    q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+    scale = finite(tl.load(head_of(ROW_MAXIMUM, state_pair, LENGTH, 1) + row, exists, 0.0))[:, None]
+    STATISTICS = head_of(STATISTICS, pair, LENGTH, 1) + row
+    log_sum = tl.load(STATISTICS, exists, 0.0)[:, None]
+    far_scale = tl.load(STATISTICS + TOKENS, exists, 0.0)[:, None]
+    near_shift = tl.load(STATISTICS + 4 * TOKENS, exists, 0.0)[:, None]
+    end = tl.minimum(start + QUERIES, LENGTH) if CAUSAL else LENGTH
 
     cross_entropy, entropy = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
     negative, kept = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES,), tl.float32)
@@ -123,17 +156,17 @@ def forward_kernel(
         seen = seen_pairs(VISIBLE, row[:, None], column[None, :], LENGTH, 0, CAUSAL, MASKED)
         key = load_tokens(K, column, LENGTH, D, BLOCK_D)
         logits = products(query, key, PRECISION) * SCALE
-        share = tl.where(seen, tl.exp2(logits - log_sum[:, None]), 0.0)
+        share = tl.where(seen, tl.exp2(logits - log_sum), 0.0)
         far = seen
         if WINDOWED:
             far = seen & (row[:, None] - column[None, :] >= WINDOW)
         blocks = start // DECAY_BLOCK - (first + WINDOW) // DECAY_BLOCK
         k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, blocks, BLOCK_F, DECAY, DECAY_BLOCK)
-        weight = far_weights(LOG_WEIGHT, scale[:, None], column[None, :], far, LENGTH) * far_scale[:, None]
+        weight = far_weights(LOG_WEIGHT, scale, column[None, :], far, LENGTH) * far_scale
         weight *= products(q_features, k_features, PRECISION)
         if WINDOWED:
-            weight = tl.where(far, weight, tl.where(seen, tl.exp2(logits - near_shift[:, None]), 0.0))
-        entropy += tl.sum(share * (log_sum[:, None] - logits), 1)
+            weight = tl.where(far, weight, tl.where(seen, tl.exp2(logits - near_shift), 0.0))
+        entropy += tl.sum(share * (log_sum - logits), 1)
         cross_entropy -= tl.sum(share * tl.log2(tl.maximum(weight, LEAST_WEIGHT)), 1)
         kept += tl.sum(tl.where(weight >= LEAST_WEIGHT, share, 0.0), 1)
         if SIGNED:
@@ -148,12 +181,7 @@ def forward_kernel(
     tl.store(ROWS, cross_entropy * LN2, exists)
     tl.store(ROWS + TOKENS, entropy * LN2, exists)
     tl.store(ROWS + 2 * TOKENS, negative, exists)
-    STATISTICS = head_of(STATISTICS, pair, LENGTH, 1) + row
-    tl.store(STATISTICS, log_sum, exists)
-    tl.store(STATISTICS + TOKENS, far_scale, exists)
-    tl.store(STATISTICS + 2 * TOKENS, far_scale * far_total, exists)
-    tl.store(STATISTICS + 3 * TOKENS, kept, exists)
-    tl.store(STATISTICS + 4 * TOKENS, tl.where(guarded, bound if SIGNED else 1.0, 0.0), exists)
+    tl.store(ROWS + 3 * TOKENS, kept, exists)
 
 
 @triton.jit
