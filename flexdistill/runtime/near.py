@@ -39,8 +39,8 @@ class Sinks:
             T where none has yet; and bool (B, T), the keys that took one.
         """
         length, places = key.shape[2], torch.arange(self.key.shape[2], device=key.device)
-        chosen = first_visible(visible, len(places), self.taken)
         rank = self.taken[:, None] + visible.cumsum(1)
+        chosen = visible & (rank <= len(places))
         takes = chosen[:, None] & (rank[:, None] == places[:, None] + 1)  # (B, S, T)
         arrives, arrival = takes.any(-1), takes.int().argmax(-1)
 
@@ -53,10 +53,9 @@ class Sinks:
         return sinks, torch.where(arrives, arrival, never), chosen
 
 
-def first_visible(visible: torch.Tensor, count: int, before: torch.Tensor | int = 0) -> torch.Tensor:
-    """The first `count` of the visible tokens (B, T), if `before` (B,) of them came earlier: (B, T) bool."""
-    before = torch.as_tensor(before, device=visible.device)
-    return visible & (before[..., None] + visible.cumsum(1) <= count)
+def first_visible(visible: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` of the visible tokens (B, T): (B, T) bool."""
+    return visible & (visible.cumsum(1) <= count)
 
 
 def near_sums(
