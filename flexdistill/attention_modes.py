@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .runtime.attention import Memory, attend_without_window, window_sums
+from .runtime.attention import Memory, attend_without_window
 from .runtime.feature_maps import FeatureMap
 from .runtime.interface import NAME, flexformer_attention, softmax_attention, visible_keys
 from .runtime.masks import LazyMask, flexformer_mask
+from .runtime.near import near_sums
 
 _CUSTOM = NAME + "_custom"
 # method of a sharded model that runs its base model, whose weights it gathers before
@@ -80,20 +81,11 @@ class AttentionCall:
         return flexformer_attention(self.module, self.query, self.key, self.value, self.mask, **self.arguments)[0]
 
     def window_only(self) -> torch.Tensor:
-        """Flexformer attention without its kernel: softmax over the window alone, (B, T, H, D)."""
-        window = self.feature_map.spec.window
-        memory = Memory.empty(self.key, self.value, window)
-        visible = self.visible()
-        if visible is None:
-            visible = torch.ones(self.key.shape[0], self.key.shape[-2], dtype=torch.bool, device=self.key.device)
-        rows = window_sums(
-            self.query,
-            torch.cat([memory.key, self.key], dim=2),
-            torch.cat([memory.value, self.value], dim=2),
-            torch.cat([memory.visible, visible], dim=1),
-            window,
-            self.scaling,
-        )
+        """Flexformer attention without its kernel: softmax over the window and the sinks alone, (B, T, H, D)."""
+        spec = self.feature_map.spec
+        memory = Memory.empty(self.key, self.value, spec)
+        keys = memory.before(self.key, self.value, self.visible())
+        rows, *_ = near_sums(self.query, *keys, spec.window, self.scaling, memory.sinks)
         output = rows.numerator / rows.denominator.masked_fill(rows.denominator == 0, 1.0)[..., None]
         return output.to(self.query.dtype).transpose(1, 2).contiguous()
 

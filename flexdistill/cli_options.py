@@ -18,6 +18,7 @@ _KERNEL = (
     "matrix",
     "features",
     "window",
+    "sinks",
     "decay",
     "tied",
     "key_heads",
@@ -65,6 +66,7 @@ Component = Annotated[str | None, kernel_option(help="Component function; `flexd
 Matrix = Annotated[str | None, kernel_option(help="Frequencies of spectraformer, such as orf.")]
 Features = Annotated[int | None, kernel_option(help="Frequencies n per head; a map has 2 n features.")]
 Window = Annotated[int | None, kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
+Sinks = Annotated[int | None, kernel_option(help="First tokens that keep it beside a window.")]
 Decay = Annotated[bool | None, kernel_option("--decay/--no-decay", help="Features forget at learned rates, or never.")]
 Tied = Annotated[bool | None, kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
 KeyHeads = Annotated[str | None, kernel_option(metavar="query|kv", help="A key map per query or KV head.")]

@@ -272,6 +272,7 @@ def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: s
         decay=feature_map_class(kernel.variant, kernel.component).decays_by_default and call.causal
         if kernel.decay is None
         else kernel.decay,
+        sinks=kernel.sinks,
     )
     try:
         with torch.device("meta"):
@@ -282,7 +283,7 @@ def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: s
         raise FlexdistillError(
             f"Variant {spec.variant!r} learns no map, so queries and keys have nothing to untie; leave --untied out."
         )
-    # S, its normaliser column, norms and maximum in float32; the window's keys, values and mask in the model's dtype
+    # S, its normaliser column, norms and maximum in float32; those of window and sinks in the model's dtype
     state = 4 * spec.num_state_heads * (feature_map.num_features * (value_dim + 1) + 2) if call.causal else 0
     return ModulePlan(
         name,
@@ -291,7 +292,7 @@ def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: s
         *shape,
         spec,
         _count(feature_map.parameters()),
-        state + spec.window * (kv_bytes + 1),
+        state + spec.window * (kv_bytes + 1) + (spec.sinks * kv_bytes + 8 if spec.sinks else 0),
         kv_bytes if call.causal else 0,
     )
 

@@ -58,8 +58,8 @@ def compare_models(
     The teacher may be the student itself, where its weights are unchanged: it runs with softmax attention.
 
     Returns:
-        `rows`, one dict each for the teacher, the student, the student as its kernel alone and as its window alone
-        (where there is a window), and with no attention at all in its converted modules: perplexity (None unless
+        `rows`, one dict each for the teacher, the student, the student as its kernel alone and as its window and sinks
+        alone (where there is a window), and with no attention in its converted modules: perplexity (None unless
         causal), mean KL per token from the teacher, share of tokens whose most likely successor is the teacher's.
         Beside them the mean KL of each layer's attention rows, the share of rows that the guard changed, and the number
         of tokens.

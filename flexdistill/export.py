@@ -77,7 +77,6 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
     training_s = sum(stage["elapsed_s"] for stage in metrics["stages"])
     paper = next(iter(feature_maps(model).values())).paper
     name = " ".join(filter(None, (kernel.variant, kernel.component, kernel.matrix)))
-    window = f", softmax window of {kernel.window} tokens" if kernel.window else ", no softmax window"
     return "\n".join(
         [
             "---",
@@ -88,7 +87,7 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             "",
             f"Converted from `{source.name}` by flexdistill: softmax attention became linear attention",
             f"({paper}), whose state has a constant size.",
-            f"Kernel: {name}{window}.",
+            f"Kernel: {name}, {kernel.near}.",
             *_kept_softmax(metrics["kept_softmax"]),
             "",
             "## Results",

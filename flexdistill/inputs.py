@@ -56,9 +56,10 @@ def check_lengths(recipe: Recipe) -> None:
     """Raises FlexdistillError if the window covers the training sequences, or they go beyond the kernel's horizon."""
     kernel, lengths = recipe.kernel, [recipe.sequence_length(stage) for stage in STAGES]
     length = min(lengths)
-    if kernel.window >= length:
+    if kernel.window + kernel.sinks >= length:
+        sinks = f" and {kernel.sinks} sinks cover" if kernel.sinks else " covers"
         raise FlexdistillError(
-            f"A window of {kernel.window} tokens covers sequences of {length}, so the kernel would never be used; set "
+            f"A window of {kernel.window} tokens{sinks} sequences of {length}, so the kernel would never be used; set "
             "a smaller --window or a larger --sequence-length."
         )
     longest = max(recipe.evaluation.sequence_length or 0, *lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, model_validator
@@ -19,6 +19,7 @@ from .recipe_sections import (
     Section,
     TextRecipe,
     TrackingRecipe,
+    section_of,
 )
 
 _PACKAGE = Path(__file__).parent
@@ -296,6 +297,7 @@ _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "data.source": (("config", "split", "column", "sources"), lambda source: True),
     "data.sources": (tuple(TextRecipe.model_fields), lambda sources: sources is not None),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
+    "kernel.window": (("sinks",), lambda window: not window),
     "kernel.variant": (("component", "matrix", "horizon", "tied", "decay"), lambda variant: True),
     **{
         f"{stage}.{name}": ((other,), lambda value: value is not None)
@@ -337,15 +339,8 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{'.'.join(location) or 'recipe'}: {message}."
     section: Any = Recipe
     for name in location[:-1]:
-        section = section if name.isdigit() else _section_of(section.model_fields[name].annotation)
+        section = section if name.isdigit() else section_of(section.model_fields[name].annotation)
     known = list(section.model_fields)
     close = difflib.get_close_matches(location[-1], known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(known)}."
     return f"unknown key {'.'.join(location)!r}; {hint}"
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, also where it may be None or is one of a list."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(filter(None, map(_section_of, get_args(annotation))), None)

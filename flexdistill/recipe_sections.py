@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, also where it may be None or is one of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -40,11 +47,25 @@ class KernelRecipe(Section):
         "query", description="a key map and a state per query head, or per KV head"
     )
     window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
+    sinks: int = Field(0, ge=0, description="first tokens of a sequence that keep it beside the window")
     layers: str = Field("all", description="layers to convert: all, indices such as 0-5,9, every:4, or name patterns")
     keep_layers: str | None = Field(None, description="layers that stay softmax, written as `layers`")
     keep_softmax: int = Field(
         0, ge=0, description="of these, layers that stay softmax, chosen by their KL gain after attention transfer"
     )
+
+    @property
+    def near(self) -> str:
+        """What keeps exact softmax attention, in words."""
+        if not self.window:
+            return "no softmax window"
+        return f"softmax window of {self.window} tokens" + (f" and {self.sinks} sinks" if self.sinks else "")
+
+    @model_validator(mode="after")
+    def _sinks_beside_a_window(self):
+        if self.sinks and not self.window:
+            raise ValueError("sinks are tokens beside a softmax window; set a window or remove sinks")
+        return self
 
 
 class TextRecipe(Section):

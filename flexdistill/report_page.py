@@ -22,7 +22,7 @@ from .errors import FlexdistillError, disk_errors, first_sentence
 from .evaluation import check_same_model, load_converted
 from .packing import pack
 from .positions import token_losses
-from .recipe import EvaluationRecipe
+from .recipe import EvaluationRecipe, KernelRecipe
 from .report import has_matplotlib, layer_number
 from .report_figures import bars, histogram, lines, maps
 from .report_html import figure_grid, page, section, table
@@ -291,8 +291,7 @@ def _positions(models: dict[str, PreTrainedModel], sequences, accelerator, recip
 
 
 def _page(metrics: dict[str, Any], sections: str) -> str:
-    kernel = metrics["kernel"]
-    name = " ".join(filter(None, (kernel["variant"], kernel["component"], kernel["matrix"])))
-    window = f"softmax window of {kernel['window']} tokens" if kernel["window"] else "no softmax window"
+    kernel = KernelRecipe.model_construct(**metrics["kernel"])
+    name = " ".join(filter(None, (kernel.variant, kernel.component, kernel.matrix)))
     title = f"{metrics['model'].removeprefix('package:')} with linear attention"
-    return page(title, f"Kernel: {name}, {window}.", sections)
+    return page(title, f"Kernel: {name}, {kernel.near}.", sections)

@@ -71,7 +71,7 @@ def test_plan_restores_a_model_that_fails(name):
 @pytest.mark.parametrize(("variant", "component"), CAUSAL_KERNELS)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"window": 6}, {"key_heads": "kv", "features": 24}, {"tied": True, "layers": "1"}],
+    [{}, {"window": 6}, {"window": 6, "sinks": 3}, {"key_heads": "kv", "features": 24}, {"tied": True, "layers": "1"}],
     ids=lambda settings: ",".join(settings) or "defaults",
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -60,6 +60,7 @@ def test_yaml_round_trip_where_a_setting_would_be_ignored(settings, tmp_path):
         ({"zzz": 1}, "known are: model, seed"),
         ({"seed.value": 1}, "Setting 'seed.value' is unknown"),
         ({"kernel.window": -1}, "kernel.window"),
+        ({"kernel.sinks": 4}, "sinks are tokens beside a softmax window; set a window or remove sinks"),
         ({"kernel.key_heads": "all"}, "'query' or 'kv'"),
         ({"logit_distillation.lora": {"rank": 4}}, "lora is set but train is 'full'"),
         ({"logit_distillation.parallel": "fsdp", "logit_distillation.train": "lora"}, "train is 'lora'; set ddp"),
@@ -122,6 +123,12 @@ def test_override_leaves_the_original_alone():
     recipe = Recipe()
     changed = recipe.override({"kernel.window": 64})
     assert (recipe.kernel.window, changed.kernel.window) == (0, 64)
+
+
+def test_sinks_go_with_the_window():
+    recipe = Recipe().override({"kernel.window": 64, "kernel.sinks": 4})
+    assert recipe.override({"kernel.window": 32}).kernel.sinks == 4
+    assert recipe.override({"kernel.window": 0}).kernel.sinks == 0
 
 
 def test_a_text_replaces_a_mixture_and_the_reverse():

@@ -61,11 +61,11 @@ def softmax_flops(model: PreTrainedModel, length: int) -> float:
 
 
 def kernel_flops(model: PreTrainedModel) -> float:
-    """Forward operations per token of Flexformer attention: features of query and key, state, and window."""
+    """Forward operations per token of Flexformer attention: features of query and key, state, window and sinks."""
     total = 0.0
     for feature_map in feature_maps(model).values():
         spec = feature_map.spec
         features = 4 * spec.head_dim * feature_map.num_features
         state = 4 * feature_map.num_features * spec.head_dim
-        total += spec.num_heads * (features + state + 4 * spec.window * spec.head_dim)
+        total += spec.num_heads * (features + state + 4 * (spec.window + spec.sinks) * spec.head_dim)
     return total

@@ -20,6 +20,7 @@ def can_run(feature_map: FeatureMap, query: torch.Tensor, key: torch.Tensor, val
     """Whether `tiled_rows` can run on these inputs: where the fused kernels do, in at most single precision."""
     return (
         fused_operators(query.device) is not None
+        and not feature_map.spec.sinks
         and max(x.dtype.itemsize for x in (query, key, value)) <= 4
         and tiles(feature_map.num_features, _feature_dtype(feature_map, query, value), query, key, value) is not None
     )

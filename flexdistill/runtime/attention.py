@@ -1,8 +1,8 @@
 """Flexformer attention: a kernel over the distant keys and, where a window is set, softmax over the nearest ones.
 
 Both parts share one denominator. A causal layer sees keys through a delay line: the last `window` keys are attended to
-exactly, and a key that leaves the window enters the state. So one formula serves training, prefill and decoding, with
-window = 0 as its simplest case.
+exactly, and a key that leaves the window enters the state, unless it is a sink (see `near`). So one formula serves
+training, prefill and decoding, with window = 0 as its simplest case.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from .backend import fused_operators
 from .configuration_flexformer import KernelSpec
 from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap, Features
 from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
+from .near import Sinks, first_visible, near_sums, repeat, softmax_scores
 
 _guard_counters: list["GuardCounter"] = []
 
@@ -47,15 +48,29 @@ class Memory:
     value: torch.Tensor  # (B, K, W, D)
     visible: torch.Tensor  # (B, W) bool: False where the window is not filled yet or holds padding
     seen: int = 0  # tokens before the next one, for kernels of positions; the fused kernels have none and leave it
+    sinks: Sinks | None = None
 
     @classmethod
-    def empty(cls, key: torch.Tensor, value: torch.Tensor, window: int) -> "Memory":
+    def empty(cls, key: torch.Tensor, value: torch.Tensor, spec: KernelSpec) -> "Memory":
         batch, heads, _, size = key.shape
         return cls(
             state=None,
-            key=key.new_zeros(batch, heads, window, size),
-            value=value.new_zeros(batch, heads, window, value.shape[-1]),
-            visible=torch.zeros(batch, window, dtype=torch.bool, device=key.device),
+            key=key.new_zeros(batch, heads, spec.window, size),
+            value=value.new_zeros(batch, heads, spec.window, value.shape[-1]),
+            visible=torch.zeros(batch, spec.window, dtype=torch.bool, device=key.device),
+            sinks=Sinks.empty(key, value, spec.sinks) if spec.sinks else None,
+        )
+
+    def before(
+        self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The window's keys, values and visibility, followed by those of a call."""
+        if visible is None:
+            visible = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+        return (
+            torch.cat([self.key, key], dim=2),
+            torch.cat([self.value, value], dim=2),
+            torch.cat([self.visible, visible], dim=1),
         )
 
 
@@ -143,24 +158,27 @@ def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_me
         for part in parts:
             tensors = (x[:, :, part] for x in (query, key, value))
             seen = None if visible is None else visible[:, part]
-            empty = Memory.empty(key, value, spec.window)
+            empty = Memory.empty(key, value, spec)
             outputs.append(_attend_in_torch(feature_map, *tensors, scaling, seen, empty, False)[0])
         return torch.cat(outputs, dim=2), None
-    memory = memory or Memory.empty(key, value, spec.window)
+    memory = memory or Memory.empty(key, value, spec)
     return _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, keep_memory)
 
 
 def _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, keep_memory):
     spec = feature_map.spec
     length = query.shape[-2]
-    key, value, visible = _after(memory, key, value, visible)
-    context = Context(memory.seen, memory.seen - spec.window, visible[:, :length])
+    key, value, visible = memory.before(key, value, visible)
+    near, sinks, leaving = None, None, visible[:, :length]
+    if spec.window:
+        near, sinks, leaving = near_sums(query, key, value, visible, spec.window, scaling, memory.sinks)
+    context = Context(memory.seen, memory.seen - spec.window, leaving)
     features = _features(feature_map, query, key[:, :, :length], scaling, context)
     far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
-    near = window_sums(query, key, value, visible, spec.window, scaling) if spec.window else None
     output = _normalise(feature_map, far, near, features.query_log_scale)
-    memory = Memory(state, *_window_of(key, value, visible, length), memory.seen + length) if keep_memory else None
-    return output.to(query.dtype), memory
+    if keep_memory:
+        memory = Memory(state, *_window_of(key, value, visible, length), memory.seen + length, sinks)
+    return output.to(query.dtype), memory if keep_memory else None
 
 
 def attend_without_window(feature_map, query, key, value, *, scaling, visible=None) -> torch.Tensor:
@@ -176,17 +194,6 @@ def _attend_without_window(feature_map, query, key, *, value, scaling, visible):
     return _normalise(feature_map, rows).to(query.dtype)
 
 
-def _after(memory, key, value, visible):
-    """The window's keys, values and visibility, followed by those of a call."""
-    if visible is None:
-        visible = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    return (
-        torch.cat([memory.key, key], dim=2),
-        torch.cat([memory.value, value], dim=2),
-        torch.cat([memory.visible, visible], dim=1),
-    )
-
-
 def _window_of(key, value, visible, length):
     """What follows the first `length` keys; copies, because a view would keep all keys and values alive."""
     return *(x[:, :, length:].clone() for x in (key, value)), visible[:, length:].clone()
@@ -198,11 +205,11 @@ def _attend_remembering(fused, feature_map, query, key, value, scaling, visible,
     if memory is not None and length == 1 and window == 0:
         output, guarded = fused.decode(feature_map, query, key, value, scaling, visible, memory.state)
         return output, guarded, memory
-    memory = memory or Memory.empty(key, value, window)
+    memory = memory or Memory.empty(key, value, feature_map.spec)
     if window == 0:
         output, guarded, *state = fused.prefill(feature_map, query, key, value, scaling, visible, memory.state, 0)
         return output, guarded, Memory(State(*state), memory.key, memory.value, memory.visible)
-    key, value, visible = _after(memory, key, value, visible)
+    key, value, visible = memory.before(key, value, visible)
     output, guarded, *state = fused.prefill(feature_map, query, key, value, scaling, visible, memory.state, window)
     return output, guarded, Memory(State(*state), *_window_of(key, value, visible, length))
 
@@ -236,48 +243,19 @@ def _attention_weights(feature_map, query, key, *, scaling, visible):
         allowed = distance >= spec.window
     allowed = allowed[None, None]
     banded = ((distance >= 0) & (distance < spec.window))[None, None]
+    if spec.sinks:
+        seen = torch.ones(1, length, dtype=torch.bool, device=query.device) if visible is None else visible
+        sink = first_visible(seen, spec.sinks)[:, None, None]
+        allowed, banded = allowed & ~sink, banded | (sink & (distance >= 0))
     if visible is not None:
         allowed, banded = allowed & visible[:, None, None], banded & visible[:, None, None]
     scores, bound, maximum = quadratic_scores(features, allowed, spec.window)
     far = RowSums(scores, scores.sum(-1), bound, maximum)
     near = None
     if spec.window:
-        weights, near_maximum = _softmax_scores(query, _repeat(key, query.shape[1]), banded, scaling)
+        weights, near_maximum = softmax_scores(query, repeat(key, query.shape[1]), banded, scaling)
         near = RowSums(weights, weights.sum(-1), weights.sum(-1), near_maximum)
     return _normalise(feature_map, far, near, features.query_log_scale)
-
-
-def window_sums(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor, window: int, scaling: float
-) -> RowSums:
-    """Softmax attention of each of T queries to the last `window` of T + window keys, itself included, in linear cost.
-
-    Args:
-        query: (B, H, T, d); key: (B, K, window + T, d); value: (B, K, window + T, D); visible: (B, window + T) bool.
-    """
-    heads, length = query.shape[1], query.shape[-2]
-    chunk = min(max(window, 64), length)
-    padding = -length % chunk
-    query = torch.nn.functional.pad(query, (0, 0, 0, padding)).unflatten(-2, (-1, chunk))
-
-    def spans(x, axis):
-        x = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, padding))
-        return x.unfold(axis, chunk + window, chunk).movedim(-1, axis + 1)
-
-    # query r of a chunk stands at place window + r of the chunk's span of keys
-    place = torch.arange(chunk + window, device=query.device) - torch.arange(chunk, device=query.device)[:, None]
-    banded = (place > 0) & (place <= window) & spans(visible, 1)[:, None, :, None, :]
-    weights, maximum = _softmax_scores(query, _repeat(spans(key, 2), heads), banded, scaling)
-    numerator = weights @ _repeat(spans(value, 2), heads).float()
-    numerator, denominator, maximum = (x.flatten(2, 3)[:, :, :length] for x in (numerator, weights.sum(-1), maximum))
-    return RowSums(numerator, denominator, denominator, maximum)
-
-
-def _softmax_scores(query, key, allowed, scaling):
-    """exp(scaling q.k - maximum) where allowed, else 0, with the maximum of each row."""
-    logits = (query.float() @ key.float().transpose(-1, -2) * scaling).masked_fill(~allowed, -torch.inf)
-    maximum = logits.detach().amax(-1)
-    return (logits - maximum.masked_fill(maximum == -torch.inf, 0.0)[..., None]).exp(), maximum
 
 
 def _features(feature_map, query, key, scaling, context: Context) -> Features:
@@ -318,9 +296,4 @@ def count_guarded(guarded: torch.Tensor) -> None:
 
 
 def _per_state_head(value: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
-    return _repeat(value, spec.num_state_heads)
-
-
-def _repeat(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, K, ...) -> (B, heads, ...): each KV head repeated for its group."""
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
+    return repeat(value, spec.num_state_heads)

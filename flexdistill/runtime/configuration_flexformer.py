@@ -25,6 +25,7 @@ class KernelSpec:
         matrix: frequencies of random features, such as "orf"; None where a variant has no choice.
         horizon: tokens after which a kernel of distances ends; None where it has none.
         decay: each feature forgets at a learned rate, so that some serve near keys and some distant ones.
+        sinks: first tokens of a sequence that keep exact softmax attention beside the window; 0 where there is none.
     """
 
     variant: str
@@ -40,6 +41,7 @@ class KernelSpec:
     matrix: str | None = None
     horizon: int | None = None
     decay: bool = False
+    sinks: int = 0
 
     @property
     def num_state_heads(self) -> int:

@@ -233,6 +233,8 @@ class FusedAttention:
         obstacle = None
         if not feature_map.has_spectrum:
             obstacle = f"the kernel {spec.variant} is not theirs"
+        elif spec.sinks:
+            obstacle = "they have no sinks"
         elif query.dtype not in LARGEST_SIZE:
             obstacle = f"they do not compute in {query.dtype}"
         elif max(spec.head_dim, spec.num_frequencies, value.shape[-1]) > LARGEST_SIZE[query.dtype]:

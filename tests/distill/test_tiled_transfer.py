@@ -278,6 +278,8 @@ def test_form_is_chosen_by_backend(monkeypatch):
     assert is_tiled(arguments)
     doubles = call(feature_map, *(x.double() for x in inputs(5)))
     assert not is_tiled(doubles) and attention_rows(doubles).teacher.shape == (2, HEADS, 5, HEAD_DIM - 3)
+    sinks = call(kernel("nonstationary", "hyperbolic", window=2, sinks=2).to(DEVICE), *inputs(5))
+    assert not is_tiled(sinks) and attention_rows(sinks).teacher.shape == (2, HEADS, 5, HEAD_DIM - 3)
     other_mask = call(feature_map, *inputs(5))
     other_mask.module.is_causal = False
     assert not is_tiled(other_mask)

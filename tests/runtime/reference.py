@@ -26,6 +26,9 @@ def reference_attention(
     if visible is not None:
         allowed = allowed & visible[:, None, None]
     far_allowed = allowed & (distance >= spec.window if spec.causal else distance < length)
+    if spec.sinks:
+        seen = torch.ones_like(distance[:1], dtype=torch.bool) if visible is None else visible
+        far_allowed = far_allowed & ~(seen & (seen.cumsum(1) <= spec.sinks))[:, None, None]
     logits = (query @ key.transpose(-1, -2) * scaling).masked_fill(~(allowed & ~far_allowed), -torch.inf)
 
     def of(prefix, name):

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexdistill.runtime.attention import attend, attention_weights
+from flexdistill.runtime.cache import _tensors
 from flexdistill.runtime.registry import feature_map_class, kernels
 from tests.runtime.kernels import CAUSAL_KERNELS, LEARNED_KERNELS, kernel
 
@@ -20,6 +21,7 @@ def attentions(draw, causal):
     size, value_size = draw(st.sampled_from([2, 4, 8, 16])), draw(st.sampled_from([1, 4, 8]))
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 150))
     learned, kind = (variant, component) in LEARNED_KERNELS, feature_map_class(variant, component)
+    window = draw(st.integers(0, 20)) if causal else 0
     feature_map = kernel(
         variant,
         component,
@@ -30,7 +32,8 @@ def attentions(draw, causal):
         num_frequencies=draw(st.integers(1, 12)) if learned and kind.takes_frequencies and not kind.matrices else size,
         tied=draw(st.booleans()) if learned else True,
         key_heads=draw(st.sampled_from(["query", "kv"])),
-        window=draw(st.integers(0, 20)) if causal else 0,
+        window=window,
+        sinks=draw(st.integers(0, 6)) if window else 0,
         causal=causal,
     )
     spec = feature_map.spec
@@ -98,7 +101,7 @@ def test_bidirectional_form_is_quadratic(case):
 def test_any_split_is_quadratic(case, sizes):
     output, memories = in_parts(case, sizes)
     assert_quadratic(case, output)
-    sizes_seen = {sum(x.numel() for x in (m.key, m.value, m.visible, m.state.values)) for m in memories}
+    sizes_seen = {sum(x.numel() for x in _tensors(memory)) for memory in memories}
     assert len(sizes_seen) == 1  # the memory does not grow
 
 

@@ -314,3 +314,12 @@ def test_backend_is_chosen_once_and_checked(monkeypatch):
 def test_unknown_kernel_is_refused_when_triton_was_asked_for():
     with pytest.raises(ValueError, match="hedgehog"):
         attend(kernel("hedgehog", None), *query_key_value(4), scaling=SCALING)
+
+
+def test_sinks_are_torchs(monkeypatch):
+    feature_map, inputs = kernel("nonstationary", "hyperbolic", window=4, sinks=2), query_key_value(20)
+    with pytest.raises(ValueError, match="=triton cannot serve here: they have no sinks; unset it or choose torch"):
+        attend(feature_map, *inputs, scaling=SCALING)
+    fused = fused_operators(inputs[0].device)
+    monkeypatch.delenv(VARIABLE)
+    assert not fused.serves(feature_map, inputs[0], inputs[2])

@@ -35,6 +35,9 @@ from tests.runtime.kernels import (
 )
 
 every_window = pytest.mark.parametrize("window", [0, 5, 64])
+# a purely linear kernel, beside a window, and beside a window and sinks
+NEAR = {"linear": {}, "window": {"window": 5}, "sinks": {"window": 5, "sinks": 3}}
+every_near = pytest.mark.parametrize("near", NEAR.values(), ids=NEAR)
 SUMS = {"chunked": chunked_sums, "recurrent": recurrent_sums}
 PADDINGS = ["none", "left", "right", "middle"]
 
@@ -93,11 +96,11 @@ def test_chunked_is_the_quadratic_reference(variant, component, key_heads, windo
 
 @every_form
 @every_key_heads
-@pytest.mark.parametrize("window", [0, 5])
+@every_near
 @pytest.mark.parametrize("padding", ["none", "middle"])
-def test_recurrent_is_the_quadratic_reference(variant, component, key_heads, window, padding, monkeypatch):
+def test_recurrent_is_the_quadratic_reference(variant, component, key_heads, near, padding, monkeypatch):
     monkeypatch.setattr(attention, "causal_sums", recurrent_sums)
-    feature_map = kernel(variant, component, key_heads=key_heads, window=window)
+    feature_map = kernel(variant, component, key_heads=key_heads, **near)
     leaves = query_key_value(63)
     visible = padding_mask(padding, 63)
     expected = reference(feature_map, *leaves, visible)
@@ -137,10 +140,10 @@ def test_row_sums_of_wide_kernels(variant, component, key_heads, form):
 
 @every_form
 @every_key_heads
-@every_window
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (5, 0), (64, 0), (5, 4)])
 @pytest.mark.parametrize("parts", [[40, 90, 1, 1, 68], [1, 1, 1, 197], [64, 64, 64, 8]], ids=str)
-def test_any_split_into_calls(variant, component, key_heads, window, parts):
-    feature_map = kernel(variant, component, key_heads=key_heads, window=window)
+def test_any_split_into_calls(variant, component, key_heads, window, sinks, parts):
+    feature_map = kernel(variant, component, key_heads=key_heads, window=window, sinks=sinks)
     leaves = query_key_value(sum(parts))
     visible = padding_mask("middle", sum(parts))
     expected, expected_memory = attend(feature_map, *leaves, scaling=SCALING, visible=visible)
@@ -156,16 +159,18 @@ def test_any_split_into_calls(variant, component, key_heads, window, parts):
     assert_same_gradients(actual, expected, [*leaves, *feature_map.parameters()], 1e-5)
     for name in ("key", "value", "visible"):
         torch.testing.assert_close(getattr(memory, name), getattr(expected_memory, name), rtol=0, atol=0)
+    if sinks:
+        torch.testing.assert_close(vars(memory.sinks), vars(expected_memory.sinks), rtol=0, atol=0)
     for name in ("values", "norms", "maximum"):
         expected_field = getattr(expected_memory.state, name)
         assert relative_error(getattr(memory.state, name), expected_field) <= 1e-5
 
 
 @every_causal_kernel
-@pytest.mark.parametrize("window", [0, 5])
-def test_calls_are_one_call(variant, component, window):
+@every_near
+def test_calls_are_one_call(variant, component, near):
     """For every kernel, what `test_any_split_into_calls` checks for each form."""
-    feature_map = kernel(variant, component, window=window)
+    feature_map = kernel(variant, component, **near)
     leaves = query_key_value(90)
     visible = padding_mask("left", 90)
     with torch.no_grad():
@@ -224,9 +229,9 @@ def test_bidirectional(variant, component, key_heads, padding, length):
 
 
 @every_causal_kernel
-@pytest.mark.parametrize("window", [0, 5])
-def test_no_query_sees_later_keys(variant, component, window):
-    feature_map = kernel(variant, component, window=window)
+@every_near
+def test_no_query_sees_later_keys(variant, component, near):
+    feature_map = kernel(variant, component, **near)
     query, key, value = query_key_value(130)
     before, _ = attend(feature_map, query, key, value, scaling=SCALING)
     later = [torch.cat([x[:, :, :100], 9 * torch.randn_like(x[:, :, 100:])], dim=2) for x in (key, value)]
@@ -237,12 +242,10 @@ def test_no_query_sees_later_keys(variant, component, window):
 
 @every_causal_kernel
 @every_key_heads
-@pytest.mark.parametrize("window", [0, 5])
+@every_near
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_padded_keys_do_not_count(variant, component, key_heads, window, causal):
-    if window and not causal:
-        window = 0
-    feature_map = kernel(variant, component, key_heads=key_heads, window=window, causal=causal)
+def test_padded_keys_do_not_count(variant, component, key_heads, near, causal):
+    feature_map = kernel(variant, component, key_heads=key_heads, **(near if causal else {}), causal=causal)
     query, key, value = query_key_value(80)
     alone, _ = attend(feature_map, query[:, :, 30:], key[:, :, 30:], value[:, :, 30:], scaling=SCALING)
     visible = torch.ones(2, 80, dtype=torch.bool)
@@ -397,9 +400,9 @@ def test_window_alone_is_softmax():
 
 
 @every_causal_kernel
-@pytest.mark.parametrize("window", [0, 5])
-def test_weights_are_a_distribution(variant, component, window):
-    feature_map = kernel(variant, component, window=window, noise=0.5)
+@every_near
+def test_weights_are_a_distribution(variant, component, near):
+    feature_map = kernel(variant, component, **near, noise=0.5)
     query, key, _ = query_key_value(50)
     with count_guards() as guards:
         weights = attention_weights(feature_map, query, key, scaling=SCALING)
@@ -410,7 +413,7 @@ def test_weights_are_a_distribution(variant, component, window):
         sums = weights.sum(-1)
         # a relu can leave a query and its first keys nothing in common; such rows are counted
         vanishing = sums == 0
-        assert (vanishing.sum() == guards.guarded or window) and vanishing.float().mean() < 0.02
+        assert (vanishing.sum() == guards.guarded or near) and vanishing.float().mean() < 0.02
         torch.testing.assert_close(sums[~vanishing], torch.ones_like(sums[~vanishing]))
 
 
@@ -429,9 +432,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 @every_causal_kernel
-@pytest.mark.parametrize("window", [0, 16])
-def test_no_tensor_is_quadratic_in_the_length(variant, component, window):
-    spec = kernel_spec(variant, component, num_heads=2, num_key_value_heads=1, window=window)
+@pytest.mark.parametrize("near", [{}, {"window": 16, "sinks": 4}], ids=["linear", "sinks"])
+def test_no_tensor_is_quadratic_in_the_length(variant, component, near):
+    spec = kernel_spec(variant, component, num_heads=2, num_key_value_heads=1, **near)
     feature_map = build_feature_map(spec)
     feature_map.reset_parameters()
     largest = {}
@@ -454,14 +457,15 @@ def test_the_reference_is_quadratic():
 
 @every_causal_kernel
 @every_key_heads
-@pytest.mark.parametrize("window", [0, 16])
-def test_memory_size_does_not_grow(variant, component, key_heads, window):
-    feature_map = kernel(variant, component, key_heads=key_heads, window=window)
+@every_near
+def test_memory_size_does_not_grow(variant, component, key_heads, near):
+    feature_map = kernel(variant, component, key_heads=key_heads, **near)
 
     def size(length):
         with torch.no_grad():
             _, memory = attend(feature_map, *query_key_value(length, batch=1), scaling=SCALING)
         tensors = [*vars(memory.state).values(), memory.key, memory.value, memory.visible]
+        tensors += vars(memory.sinks).values() if near.get("sinks") else []
         # what is held, not what is seen of it: a small view would keep a large buffer alive
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 

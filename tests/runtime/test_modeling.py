@@ -26,7 +26,9 @@ MODULES = {"gpt2": "h.{}.attn", "llama": "layers.{}.self_attn", "bert": "encoder
 AUTO = {"gpt2": AutoModelForCausalLM, "llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM}
 every_model = pytest.mark.parametrize("name", MAKERS)
 every_generator = pytest.mark.parametrize("name", ["gpt2", "llama"])
-every_window = pytest.mark.parametrize("window", [0, 8])
+every_near = pytest.mark.parametrize(
+    "near", [{}, {"window": 8}, {"window": 8, "sinks": 3}], ids=["linear", "window", "sinks"]
+)
 
 
 GENERATORS = [pair for pair in CAUSAL_KERNELS if pair[0] not in ("nonstationary", "stationary")]
@@ -211,7 +213,7 @@ save_file(tensors, again + "/results.safetensors")
 # kernels that need more than their own parameters: positions, constants, what is visible
 ELSEWHERE = {
     "gpt2": dict(variant="cosformer", component=None, window=4),
-    "llama": dict(window=4),
+    "llama": dict(window=4, sinks=2),
     "bert": dict(variant="spectraformer", component="saderf", matrix="fastfood"),
 }
 
@@ -336,18 +338,18 @@ def generate(model, ids, count, **arguments):
 
 
 @every_generator
-@every_window
-def test_greedy_with_cache_is_without(name, window):
-    model = converted(name, window=window)
+@every_near
+def test_greedy_with_cache_is_without(name, near):
+    model = converted(name, **near)
     cached = generate(model, tokens(12), 64)
     assert torch.equal(cached, generate(model, tokens(12), 64, use_cache=False))
     assert cached.shape == (2, 76) and len(cached[0, 12:].unique()) > 3
 
 
 @every_generator
-@every_window
-def test_step_by_step_logits_are_those_of_one_pass(name, window):
-    model, ids = converted(name, window=window), tokens(40)
+@every_near
+def test_step_by_step_logits_are_those_of_one_pass(name, near):
+    model, ids = converted(name, **near), tokens(40)
     cache, pieces = DynamicCache(config=model.config), []
     for start, stop in ((0, 17), (17, 18), (18, 19), (19, 40)):
         pieces.append(logits(model, ids[:, start:stop], past_key_values=cache))
@@ -357,9 +359,9 @@ def test_step_by_step_logits_are_those_of_one_pass(name, window):
 
 
 @every_generator
-@every_window
-def test_sampling_with_cache_is_without(name, window):
-    model, results = converted(name, window=window), []
+@every_near
+def test_sampling_with_cache_is_without(name, near):
+    model, results = converted(name, **near), []
     for use_cache in (True, False):
         torch.manual_seed(9)
         results.append(generate(model, tokens(12), 40, do_sample=True, use_cache=use_cache))
@@ -369,9 +371,9 @@ def test_sampling_with_cache_is_without(name, window):
 
 
 @every_generator
-@every_window
-def test_beam_search_with_cache_is_without(name, window):
-    model = converted(name, window=window)
+@every_near
+def test_beam_search_with_cache_is_without(name, near):
+    model = converted(name, **near)
     settings = {"num_beams": 3, "num_return_sequences": 2}
     cached = generate(model, tokens(12), 20, **settings)
     assert torch.equal(cached, generate(model, tokens(12), 20, use_cache=False, **settings))
@@ -379,10 +381,10 @@ def test_beam_search_with_cache_is_without(name, window):
 
 
 @every_generator
-@every_window
+@every_near
 @pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["whole", "partial"])
-def test_left_padded_batch_is_each_sequence_alone(name, window, layers):
-    model, ids = converted(name, window=window, layers=layers), tokens(20)
+def test_left_padded_batch_is_each_sequence_alone(name, near, layers):
+    model, ids = converted(name, **near, layers=layers), tokens(20)
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
     together = generate(model, ids, 30, attention_mask=mask)
@@ -404,10 +406,10 @@ def test_padding_does_not_change_logits(name, layers, batch):
 
 
 @every_generator
-@every_window
+@every_near
 @pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["whole", "partial"])
-def test_continuing_a_conversation_is_one_call(name, window, layers):
-    model = converted(name, window=window, layers=layers)
+def test_continuing_a_conversation_is_one_call(name, near, layers):
+    model = converted(name, **near, layers=layers)
     first = generate(model, tokens(12, batch=1), 10, return_dict_in_generate=True)
     more = torch.cat([first.sequences, tokens(7, batch=1, seed=8)], dim=1)
     # the last generated token has not been fed yet, so it and the new ones are
@@ -417,10 +419,10 @@ def test_continuing_a_conversation_is_one_call(name, window, layers):
 
 
 @every_generator
-@every_window
-def test_state_does_not_grow(name, window):
+@every_near
+def test_state_does_not_grow(name, near):
     # rotary positions and learned ones both end at 512, so the longer text is fed without them being exceeded
-    model = converted(name, window=window)
+    model = converted(name, **near)
     sizes = []
     for calls in (1, 32):
         cache = DynamicCache(config=model.config)
@@ -443,9 +445,9 @@ def test_softmax_layers_of_a_partial_conversion_grow():
 
 @every_generator
 @pytest.mark.parametrize("layers", [(0,), (1,)], ids=["first", "second"])
-@every_window
-def test_partial_conversion_generates(name, layers, window):
-    model = converted(name, layers=layers, window=window)
+@every_near
+def test_partial_conversion_generates(name, layers, near):
+    model = converted(name, layers=layers, **near)
     assert torch.equal(generate(model, tokens(12), 30), generate(model, tokens(12), 30, use_cache=False))
     cache = DynamicCache(config=model.config)
     logits(model, tokens(), past_key_values=cache)
@@ -486,10 +488,10 @@ def packed_positions(*lengths):
 
 
 @every_generator
-@every_window
+@every_near
 @pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["whole", "partial"])
-def test_packed_sequences_are_each_alone(name, window, layers):
-    model, ids, lengths = converted(name, window=window, layers=layers), tokens(40), [[25, 14, 1], [3, 30, 7]]
+def test_packed_sequences_are_each_alone(name, near, layers):
+    model, ids, lengths = converted(name, **near, layers=layers), tokens(40), [[25, 14, 1], [3, 30, 7]]
     positions = torch.cat([packed_positions(*row) for row in lengths])
     packed = logits(model, ids, position_ids=positions, use_cache=False)
     for row, lengths_of_row in enumerate(lengths):
