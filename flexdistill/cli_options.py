@@ -131,15 +131,12 @@ def source_settings(section: str, source: str) -> dict[str, str]:
 
 
 def _parse_assignment(assignment: str) -> tuple[str, Any]:
-    import yaml
+    from .recipe_sections import parse_yaml
 
     key, equals, value = assignment.partition("=")
     if not equals:
         raise FlexdistillError(f"--set {assignment!r} has no value; write KEY=VALUE, such as kernel.window=64.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise FlexdistillError(f"--set {assignment!r}: the value is not valid YAML.") from error
+    return key, parse_yaml(value, f"The value of --set {assignment!r}")
 
 
 def integers(name: str, text: str) -> list[int]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from .attention_modes import (
@@ -25,10 +24,10 @@ from .distill.attention_transfer import softmax_weights
 from .distill.heads import SplitModel
 from .distill.logits import next_tokens, positions_per_piece
 from .distill.stage import feature_maps
-from .errors import FlexdistillError
+from .errors import FlexdistillError, explained
+from .loading import checked_settings, load_weights
 from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement
 from .packing import pack
-from .progress import progress_bars_on_terminals_only
 from .recipe import EvaluationRecipe
 from .runtime import modeling_flexformer
 from .runtime.attention import attention_weights, count_guards
@@ -196,18 +195,13 @@ def load_converted(directory: str | Path) -> PreTrainedModel:
     Raises:
         FlexdistillError: if there is no converted checkpoint.
     """
-    try:
+    remedy = "give the folder that `flexdistill convert` wrote"
+    with explained(f"{directory} is not a converted checkpoint", remedy):
+        checked_settings(directory)
         config = AutoConfig.from_pretrained(directory)
         if not isinstance(config, FlexformerConfigMixin):
             raise ValueError(f"its model type is {config.model_type!r}")
-        architecture = getattr(modeling_flexformer, config.architectures[0])
-        with progress_bars_on_terminals_only():
-            return architecture.from_pretrained(directory, config=config)
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise FlexdistillError(
-            f"{directory} is not a converted checkpoint ({str(error).splitlines()[0]}); give the folder that "
-            "`flexdistill convert` wrote."
-        ) from error
+        return load_weights(getattr(modeling_flexformer, config.architectures[0]), directory, config=config)
 
 
 def _ablation(student: PreTrainedModel, function):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, model_validator
 
-from .errors import FlexdistillError
+from .errors import FlexdistillError, first_sentence
 from .recipe_sections import (
     CheckpointRecipe,
     DataRecipe,
@@ -19,6 +19,7 @@ from .recipe_sections import (
     Section,
     TextRecipe,
     TrackingRecipe,
+    parse_yaml,
 )
 
 _PACKAGE = Path(__file__).parent
@@ -211,9 +212,12 @@ class Recipe(Section):
                 f"shipped are: {', '.join(shipped_recipes())}."
             )
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FlexdistillError(f"Recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FlexdistillError(
+                f"Recipe {path} cannot be read ({first_sentence(error)}); see that it is UTF-8 text that you may read."
+            ) from error
+        settings = parse_yaml(text, f"Recipe {path}") or {}
         if not isinstance(settings, dict):
             raise FlexdistillError(f"Recipe {path} must hold settings by name, not a {type(settings).__name__}.")
         return cls._checked(settings, f"Recipe {path}")

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .errors import FlexdistillError
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        FlexdistillError: if it is not valid; `what` begins the sentence.
+    """
+    try:
+        return yaml.safe_load(text)
+    # impossible dates and numbers are ValueErrors, deep nesting is a RecursionError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FlexdistillError(f"{what} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
 class Section(BaseModel):
