@@ -14,9 +14,10 @@ test: .venv/dev.stamp .venv/demo.stamp
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # torch comes first and by its version: a bare `torch` would bring gigabytes of CUDA where a CPU build is at hand
 .venv/torch.stamp: constraints.txt

@@ -77,8 +77,8 @@ def _calls_of_a_run(part: PreTrainedModel, required: bool) -> list[AttentionCall
             calls, recorded = record_calls(part, AttentionCall.softmax, partial(part, **inputs))
         except Exception as error:
             raise FlexdistillError(
-                f"{type(part).__name__} does more with its attention mask than pass it on ({first_sentence(error)}), so "
-                "it cannot be converted."
+                f"{type(part).__name__} does more with its attention mask than pass it on ({first_sentence(error)}), "
+                "so it cannot be converted."
             ) from error
         _check_unchanged(part, recorded, own)
         return calls

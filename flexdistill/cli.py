@@ -237,7 +237,7 @@ def compare(
     resolved = make_recipe(context.params)
     from .comparison import compare as run
     from .comparison import parse_variants
-    from .report import has_matplotlib
+    from .plots import has_matplotlib
     from .tables import comparison_table, print_table
 
     comparison = run(

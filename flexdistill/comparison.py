@@ -24,9 +24,9 @@ from .evaluation import compare_models, student_row
 from .export import export
 from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
 from .pipeline import make_student, plan_facts, run_facts, run_stages
+from .plots import has_matplotlib, plot_comparison
 from .recipe import STAGES, KernelRecipe, Recipe
 from .recipe_sections import parse_yaml
-from .report import has_matplotlib, plot_comparison
 from .runs import INDECISIVE, check_output
 from .storage import write_json
 from .tables import comparison_table, markdown_table

@@ -20,7 +20,7 @@ from .progress import progress_bars_on_terminals_only
 _COUNTS = re.compile(r"(^|_)(num|n)_|layers?$")
 MOST_COUNTED = 2**20
 MOST_TENSORS = 2**17
-# a byte of a file describes no more of a model than this: names take room, and weights at least a bit, which may be tied
+# a byte of a file describes no more of a model than this: names take room, and weights, which may be tied, bits
 _TENSORS_PER_BYTE, _ELEMENTS_PER_BYTE = 1 / 64, 16
 # what a model computes itself is in no file
 _TENSORS_AT_LEAST, _ELEMENTS_AT_LEAST = 10_000, 2**28
@@ -59,7 +59,7 @@ def _numbers(settings: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
 
 
 def load_weights(
-    model_class: type, path: str | Path, *, config: PreTrainedConfig, file: str | None = None, **settings: Any
+    model_class: type[Any], path: str | Path, *, config: PreTrainedConfig, file: str | None = None, **settings: Any
 ) -> PreTrainedModel:
     """`model_class.from_pretrained`, where every weight must be there, in its shape.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -64,7 +64,7 @@ class StageRecipe(Section):
     )
 
     @model_validator(mode="after")
-    def _used_stage_settings_only(self):
+    def _used_stage_settings_only(self) -> StageRecipe:
         if self.schedule == "constant" and "final_learning_rate_ratio" in self.model_fields_set:
             raise ValueError("final_learning_rate_ratio is ignored with schedule: constant; remove it")
         if self.patience is not None and not self.validation_every:
@@ -72,7 +72,7 @@ class StageRecipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_micro_batch_size(self):
+    def _one_micro_batch_size(self) -> StageRecipe:
         if self.max_memory is not None and self.micro_batch_size is not None:
             raise ValueError("max_memory picks the micro_batch_size that is set too; set one of them")
         return self
@@ -113,7 +113,7 @@ class ModelStageRecipe(StageRecipe):
     warmup_steps: int = Field(20, ge=0)
 
     @model_validator(mode="after")
-    def _used_optimizer_settings_only(self):
+    def _used_optimizer_settings_only(self) -> ModelStageRecipe:
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError("weight_decay is ignored with optimizer: adam; set optimizer: adamw or remove it")
         return self
@@ -141,7 +141,7 @@ class LogitDistillationRecipe(ModelStageRecipe):
     )
 
     @model_validator(mode="after")
-    def _used_settings_only(self):
+    def _used_settings_only(self) -> LogitDistillationRecipe:
         if self.lora is not None and self.train != "lora":
             raise ValueError(
                 f"lora is set but train is {self.train!r}, which would ignore it; set train: lora or remove lora"
@@ -334,7 +334,7 @@ def _without_ignored(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")

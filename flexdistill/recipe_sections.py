@@ -112,7 +112,7 @@ class DataRecipe(TextRecipe):
         return " + ".join(text.source for text in self.texts)
 
     @model_validator(mode="after")
-    def _used_settings_only(self):
+    def _used_settings_only(self) -> DataRecipe:
         given = next((name for name in TextRecipe.model_fields if name in self.model_fields_set), None)
         if self.sources is not None and given is not None:
             raise ValueError(f"{given} is set but sources would replace it; give it inside sources or remove one")
@@ -131,7 +131,7 @@ class EvaluationRecipe(Section):
     batch_size: int = Field(8, ge=1, description="sequences per forward pass")
 
     @model_validator(mode="after")
-    def _used_settings_only(self):
+    def _used_settings_only(self) -> EvaluationRecipe:
         given = next((name for name in ("config", "split", "column") if getattr(self, name) is not None), None)
         if self.source is None and given is not None:
             raise ValueError(f"{given} is set but source is not, so it would be ignored; set source or remove {given}")

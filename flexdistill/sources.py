@@ -212,7 +212,8 @@ def _joined_pieces(package: str) -> Path | None:
         requirements = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
         requirements = []
-    names = [package, *(re.match(r"[\w.-]+", requirement)[0] for requirement in requirements if ";" not in requirement)]
+    unconditional = (re.match(r"[\w.-]+", requirement) for requirement in requirements if ";" not in requirement)
+    names = [package, *(name[0] for name in unconditional if name)]
     found = {path for name in names for folder in _package_folders(name) for path in folder.rglob("*.gguf.part*")}
     pieces = sorted(found, key=lambda path: path.name)
     if not pieces:
@@ -245,10 +246,8 @@ def _package_folders(package: str) -> list[Path]:
         files = importlib.metadata.files(package) or []
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
         raise FlexdistillError(f"Package {package!r} is not installed; run `pip install {package}`.") from error
-    tops = {
-        file.locate().parents[len(file.parts) - 2] for file in files if len(file.parts) > 1 and ".." not in file.parts
-    }
-    return sorted(map(Path, tops))
+    inside = [file for file in files if len(file.parts) > 1 and ".." not in file.parts]
+    return sorted({Path(file.locate()).parents[len(file.parts) - 2] for file in inside})
 
 
 def _architecture(config: PreTrainedConfig, source: ModelSource, trust_remote_code: bool) -> type:

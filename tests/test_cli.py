@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from flexdistill import pipeline, report
+from flexdistill import pipeline, plots
 from flexdistill.progress import stage_progress
 from flexdistill.recipe import Recipe, shipped_recipes
 from flexdistill.runtime.registry import kernels
@@ -322,7 +322,7 @@ def test_compare(run, models, tmp_path, monkeypatch):
     assert [entry["kernel"]["window"] for entry in comparison["results"]] == [0, 4, 0, 4]
     assert {entry["tokens"] for entry in comparison["results"]} == {64}
     assert comparison["budget_tokens"] == 96
-    monkeypatch.setattr(report, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     arguments += ["--set", "data.cache=false"]  # which would be told
     again = run(*arguments, "--set", "evaluation.sequences=2", "--resume")
     assert "hedgehog, window 4: window only" in again.out

@@ -21,11 +21,11 @@ RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
 LAYERS = [
     {"errors"},
     {"recipe", "recipe_sections", "runtime", "progress", "losses", "storage"},
-    {"attention_modes", "data", "devices", "example_inputs", "packing", "sources", "tables"},
+    {"attention_modes", "data", "devices", "example_inputs", "loading", "packing", "sources", "tables"},
     {"attention_search", "conversion", "distill", "mixture", "self_test", "token_cache", "tracking"},
-    {"evaluation", "export", "hub", "inputs", "report", "report_figures", "report_html", "runs", "scoring"},
+    {"evaluation", "export", "hub", "inputs", "plots", "report_figures", "report_html", "runs", "scoring"},
     {"generation", "initialisation", "pipeline", "positions", "recall"},
-    {"comparison", "ranking", "report_page", "training"},
+    {"comparison", "in_memory", "ranking", "report_page", "training"},
     {"api"},
     {"cli", "cli_options", "cli_output", "cli_reports", "cli_scratch", "doctor", "launcher"},
 ]
