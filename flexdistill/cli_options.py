@@ -139,6 +139,14 @@ def _parse_assignment(assignment: str) -> tuple[str, Any]:
     return key, parse_yaml(value, f"The value of --set {assignment!r}")
 
 
+def assignments(name: str, given: list[str]) -> dict[str, str]:
+    """The values of a repeatable option such as `piqa=piqa.jsonl`, by their names."""
+    pairs = [text.partition("=") for text in given]
+    if wrong := next(("".join(pair) for pair in pairs if not all(pair)), None):
+        raise FlexdistillError(f"{name} {wrong!r} has no name or no value; write NAME=VALUE.")
+    return {key: value for key, _, value in pairs}
+
+
 def integers(name: str, text: str) -> list[int]:
     """The numbers of an option such as `0,64`."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from pathlib import Path
 
@@ -176,6 +177,23 @@ def evaluate_checkpoint(directory: str | Path, teacher: str, recipe: EvaluationR
     check_sequence_length(student, length)  # the kernels' own limits included
     sequences = pack(read_documents(recipe), tokenizer, length, recipe.sequences)
     return compare_models(teacher_model, student, sequences, recipe.batch_size, accelerator)
+
+
+def teacher_of(directory: str | Path) -> str:
+    """The model that a converted one was made from, as its metrics.json names it.
+
+    Raises:
+        FlexdistillError: if it names none.
+    """
+    try:
+        teacher = json.loads((Path(directory) / "metrics.json").read_text(encoding="utf-8"))["model"]
+        if not isinstance(teacher, str):
+            raise TypeError(teacher)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise FlexdistillError(
+            f"{directory} does not say which model it was made from; name that with --teacher."
+        ) from error
+    return teacher
 
 
 def check_same_model(teacher: PreTrainedModel, student: PreTrainedModel) -> None:

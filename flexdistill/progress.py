@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partialmethod
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -79,7 +79,11 @@ def progress_bars_on_terminals_only() -> Iterator[None]:
     """tqdm's bars show inside the context only if stderr is a terminal."""
     # transformers' own switch misses the GGUF reader, which calls tqdm itself
     original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, disable=None)
+
+    def quieter(self: tqdm, *args: Any, disable: bool | None = None, **settings: Any) -> None:
+        original(self, *args, disable=disable or None, **settings)
+
+    tqdm.__init__ = quieter
     try:
         yield
     finally:

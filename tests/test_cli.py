@@ -188,6 +188,8 @@ def test_results_as_table_and_json(run, converted):
         ("compare gpt2 --variants nonsense", "Unknown variant 'nonsense'"),
         ("compare gpt2 --variants hedgehog --budget 5", "less than a step of each stage"),
         ("compare ./missing --variants hedgehog", "'./missing' does not exist"),
+        ("evaluate gpt2 --data sample", "name that with --teacher"),
+        ("evaluate gpt2 --teacher gpt2 --tasks piqa --task-data piqa", "write NAME=VALUE"),
         ("inspect ./missing", "'./missing' does not exist"),
         ("generate ./missing x", "'./missing' does not exist"),
     ],
@@ -204,7 +206,10 @@ def test_errors_are_one_line_and_exit_code_2(run, arguments, message):
     [
         ("convert gpt2 --windw 3", "No such option"),
         ("convert", "Missing argument"),
-        ("evaluate gpt2 --data sample", "Missing option"),
+        ("evaluate gpt2", "Give --data for perplexity, or --tasks"),
+        ("evaluate gpt2 --data sample --tasks piqa", "Give --data for perplexity, or --tasks"),
+        ("evaluate gpt2 --data sample --limit 3", "--limit is for --tasks"),
+        ("evaluate gpt2 --tasks piqa --by-position", "--by-position is for --data"),
         ("generate gpt2 x --top-p 0.9", "--temperature above 0"),
         ("inspect gpt2 --sequence-length 8", "--sequence-length is for --rank-layers"),
         ("frobnicate", "No such command"),
@@ -296,7 +301,7 @@ def test_convert_evaluate_generate(run, models, tmp_path):
     folder = "llama-flexformer"
     assert (tmp_path / folder / "model.safetensors").is_file()
     result = run(
-        *("evaluate", folder, "--teacher", teacher, "--data", "sample"),
+        *("evaluate", folder, "--data", "sample"),
         *("--sequence-length", "16", "--sequences", "2", "--json"),
     )
     names = [row["name"] for row in json.loads(result.out)["rows"]]

@@ -23,7 +23,7 @@ LAYERS = [
     {"recipe", "recipe_sections", "runtime", "progress", "losses", "storage"},
     {"attention_modes", "data", "devices", "example_inputs", "loading", "packing", "sources", "tables"},
     {"attention_search", "conversion", "distill", "mixture", "self_test", "token_cache", "tracking"},
-    {"evaluation", "export", "hub", "inputs", "plots", "report_figures", "report_html", "runs", "scoring"},
+    {"evaluation", "export", "harness", "hub", "inputs", "plots", "report_figures", "report_html", "runs", "scoring"},
     {"generation", "initialisation", "pipeline", "positions", "recall"},
     {"comparison", "in_memory", "ranking", "report_page", "training"},
     {"api"},
