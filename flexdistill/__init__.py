@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from importlib.abc import Loader
+
     from .api import compare, convert, distill, evaluate, init, plan, report, train
     from .errors import FlexdistillError, LostProcessError, NonFiniteLossError, RunInterrupted
     from .hub import push
@@ -85,7 +86,7 @@ def _register() -> None:
     importlib.import_module(".runtime.modeling_flexformer", __name__)
 
 
-class _RegisterOnImport(MetaPathFinder, Loader):
+class _RegisterOnImport:
     """Runs `_register` right after transformers is imported, then leaves."""
 
     _loader: Loader
@@ -98,7 +99,7 @@ class _RegisterOnImport(MetaPathFinder, Loader):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            self._loader, spec.loader = spec.loader, self
+            self._loader, spec.loader = spec.loader, self  # type: ignore[assignment]
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -60,7 +60,6 @@ from .progress import is_main_process
 app = typer.Typer(
     help="Converts pretrained Hugging Face transformers to Flexformer linear attention.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -311,7 +310,7 @@ def main() -> None:
     A run that a signal stopped says how to go on and exits with 128 + the signal's number.
     """
     try:
-        app()
+        app(prog_name="flexdistill")
     except FlexdistillError as error:
         if os.environ.get("FLEXDISTILL_DEBUG") == "1":
             raise

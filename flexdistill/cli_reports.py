@@ -105,7 +105,7 @@ def report(
     print(write_report(directory, output, text=text, overwrite=overwrite))
 
 
-def variants(as_json: Json = False) -> None:
+def variants(as_json: Json = False, debug: Debug = False) -> None:
     """List the kernels that --variant, --component and --matrix choose from."""
     from .runtime.registry import feature_map_class, kernels
 
@@ -126,16 +126,26 @@ def variants(as_json: Json = False) -> None:
             print(f"Matrices of {variant}, the default first: {', '.join(matrices)}")
 
 
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """List the shipped recipes, or print one."""
     from .recipe import RECIPES_FOLDER, Recipe, shipped_recipes
 
     if name and name not in shipped_recipes():
         raise FlexdistillError(f"Recipe {name!r} is not shipped; shipped are: {', '.join(shipped_recipes())}.")
-    for known in [name] if name else shipped_recipes():
-        Recipe.load(known)
-        text = (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8")
-        print(text if name else f"{known:12} {text.splitlines()[0].removeprefix('# ')}", end="" if name else "\n")
+    texts = {known: (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8") for known in shipped_recipes()}
+    described = [{"recipe": known, "description": text.splitlines()[0][2:]} for known, text in texts.items()]
+    if as_json:
+        print_json(Recipe.load(name).model_dump() if name else described)
+    elif name:
+        print(texts[name], end="")
+    else:
+        from .tables import print_table
+
+        print_table(list(described[0]), [list(row.values()) for row in described])
 
 
 def register(app: typer.Typer) -> None:
