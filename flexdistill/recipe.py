@@ -48,9 +48,9 @@ class StageRecipe(Section):
         False, description="compile the model's layers with Inductor: steps are shorter, the first by far longer"
     )
     optimizer: Literal["adam", "adamw"]
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, description="of what the stage trains, at its highest")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="what follows the warm-up")
-    warmup_steps: int = Field(ge=0)
+    warmup_steps: int = Field(ge=0, description="steps in which the learning rate rises from 0")
     final_learning_rate_ratio: float = Field(
         0.05, ge=0, le=1, description="where cosine and linear schedules end, as a share of learning_rate"
     )
@@ -124,7 +124,7 @@ class LogitDistillationRecipe(ModelStageRecipe):
 
     steps: int = Field(150, ge=0)
     train: Literal["full", "lora", "kernels"] = Field("full", description="what is trained beside the kernels")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="that teacher's and student's logits are divided by")
     label_weight: float = Field(
         0.0, ge=0, le=1, description="share of the label loss; the rest is the KL to the teacher"
     )
@@ -183,7 +183,7 @@ class Recipe(Section):
     """
 
     model: str | None = Field(None, description="Hub id, folder, .gguf file or package:NAME")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="fixes the data order and the initial kernels")
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 on CPU; fp16: with a gradient scaler"
     )

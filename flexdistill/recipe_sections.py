@@ -123,9 +123,9 @@ class EvaluationRecipe(Section):
     """What teacher and student are compared on."""
 
     source: str | None = Field(None, description="as data.source; None: sequences held out from the training data")
-    config: str | None = None
-    split: str | None = None
-    column: str | None = None
+    config: str | None = Field(None, description="as data.config")
+    split: str | None = Field(None, description="as data.split")
+    column: str | None = Field(None, description="as data.column")
     sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
     sequences: int = Field(48, ge=1, description="sequences evaluated, taken in order")
     batch_size: int = Field(8, ge=1, description="sequences per forward pass")
