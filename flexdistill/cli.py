@@ -54,7 +54,7 @@ from .cli_options import (
 )
 from .cli_output import print_json, show_metrics, show_plan
 from .cli_scratch import init, train
-from .errors import FlexdistillError, RunInterrupted
+from .errors import FlexdistillError, RunInterrupted, long_names
 from .progress import is_main_process
 
 app = typer.Typer(
@@ -310,7 +310,8 @@ def main() -> None:
     A run that a signal stopped says how to go on and exits with 128 + the signal's number.
     """
     try:
-        app(prog_name="flexdistill")
+        with long_names():
+            app(prog_name="flexdistill")
     except FlexdistillError as error:
         if os.environ.get("FLEXDISTILL_DEBUG") == "1":
             raise

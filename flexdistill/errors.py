@@ -59,6 +59,20 @@ def explained(what: str, remedy: str | Callable[[BaseException], str]) -> Iterat
 
 
 @contextlib.contextmanager
+def long_names() -> Iterator[None]:
+    """A name that no file can have becomes a FlexdistillError, wherever it is looked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        raise FlexdistillError(
+            f"{name[:40]!r}... has {len(name)} characters, too many for a file; shorten it."
+        ) from error
+
+
+@contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """A full or read-only disk, or an impossible path, while writing below `path` becomes a FlexdistillError."""
     try:

@@ -212,6 +212,15 @@ def test_errors_are_one_line_and_exit_code_2(run, arguments, message):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    ["inspect {}", "convert gpt2 --recipe {}", "convert gpt2 --data ./{}", "push {} user/name", "generate {} x"],
+)
+def test_names_too_long_for_a_file(run, arguments):
+    result = run(*arguments.format("a" * 5000).split())
+    assert result.code == 2 and "too many for a file; shorten it" in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("convert gpt2 --windw 3", "No such option"),
