@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ MOST_COUNTED = 2**20
 MOST_TENSORS = 2**17
 # a byte of a file describes no more of a model than this: names take room, and weights, which may be tied, bits
 _TENSORS_PER_BYTE, _ELEMENTS_PER_BYTE = 1 / 64, 16
+# of a layer in a GGUF file, at least
+_TENSORS_PER_LAYER = 4
 # what a model computes itself is in no file
 _TENSORS_AT_LEAST, _ELEMENTS_AT_LEAST = 10_000, 2**28
 
@@ -30,7 +33,7 @@ def checked_settings(path: str | Path, file: str | None = None) -> dict[str, Any
     """What config.json, or the GGUF file of this name, says of a model.
 
     Raises:
-        ValueError: if a setting counts more layers, heads, labels or the like than any model has.
+        ValueError: if a setting counts more layers, heads, labels or the like than any model has, or than fit the file.
     """
     if file:
         return _gguf_settings(Path(path, file), Path(path, file).stat().st_mtime_ns)
@@ -39,7 +42,13 @@ def checked_settings(path: str | Path, file: str | None = None) -> dict[str, Any
 
 @functools.lru_cache(maxsize=1)  # reading one takes seconds
 def _gguf_settings(file: Path, modified_ns: int) -> dict[str, Any]:
-    return _checked(PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)[0])
+    settings = _checked(PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)[0])
+    with file.open("rb") as header:
+        num_tensors = struct.unpack("<8xQ", header.read(16))[0]
+    # for each module of each layer, transformers makes a table of all layers' names
+    if (layers := settings.get("num_hidden_layers", 0)) * _TENSORS_PER_LAYER > num_tensors:
+        raise ValueError(f"its {num_tensors:,} tensors are too few for {layers:,} layers")
+    return settings
 
 
 def _checked(settings: dict[str, Any]) -> dict[str, Any]:

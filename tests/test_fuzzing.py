@@ -147,6 +147,15 @@ def test_a_model_larger_than_its_files_is_not_laid_out(folder, tmp_path, setting
         load_model(resolve_model(str(tmp_path)))
 
 
+def test_a_gguf_file_with_more_layers_than_tensors(tmp_path):
+    model = tiny.tiny_llama()
+    model.config.num_hidden_layers = 32
+    tiny.save_gguf(tmp_path / "tiny.gguf", model)
+    for read in (load_model, load_tokenizer):
+        with limits(), pytest.raises(FlexdistillError, match="its 21 tensors are too few for 32 layers"):
+            read(resolve_model(str(tmp_path / "tiny.gguf")))
+
+
 def test_a_converted_model_that_lacks_weights_is_refused(folder, tmp_path):
     weights = load_file(folder / "converted" / "model.safetensors")
     (tmp_path / "config.json").write_bytes((folder / "converted" / "config.json").read_bytes())
