@@ -33,7 +33,7 @@ def checked_settings(path: str | Path, file: str | None = None) -> dict[str, Any
     """What config.json, or the GGUF file of this name, says of a model.
 
     Raises:
-        ValueError: if a setting counts more layers, heads, labels or the like than any model has, or than fit the file.
+        ValueError: if a setting counts more layers, heads, labels or the like than any model has.
     """
     if file:
         return _gguf_settings(Path(path, file), Path(path, file).stat().st_mtime_ns)
@@ -42,13 +42,7 @@ def checked_settings(path: str | Path, file: str | None = None) -> dict[str, Any
 
 @functools.lru_cache(maxsize=1)  # reading one takes seconds
 def _gguf_settings(file: Path, modified_ns: int) -> dict[str, Any]:
-    settings = _checked(PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)[0])
-    with file.open("rb") as header:
-        num_tensors = struct.unpack("<8xQ", header.read(16))[0]
-    # for each module of each layer, transformers makes a table of all layers' names
-    if (layers := settings.get("num_hidden_layers", 0)) * _TENSORS_PER_LAYER > num_tensors:
-        raise ValueError(f"its {num_tensors:,} tensors are too few for {layers:,} layers")
-    return settings
+    return _checked(PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)[0])
 
 
 def _checked(settings: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +75,8 @@ def load_weights(
         ValueError: if weights are missing or of other shapes, or the configuration describes a model much larger than
             the files.
     """
+    if file:
+        _check_layers(config, Path(path, file))
     weights = {"gguf_file": file} if file else {"use_safetensors": True}
     with _bounded(_num_bytes(Path(path), file)), _reports_hidden(), progress_bars_on_terminals_only():
         model, report = model_class.from_pretrained(
@@ -95,6 +91,15 @@ def load_weights(
     if mismatched := [weight for weight, *_ in report["mismatched_keys"]]:
         raise ValueError(f"{len(mismatched)} weights of {name}, such as {min(mismatched)}, have other shapes")
     return model
+
+
+def _check_layers(config: PreTrainedConfig, file: Path) -> None:
+    # for each module of each layer, transformers makes a table of all layers' names
+    with file.open("rb") as header:
+        (num_tensors,) = struct.unpack("<8xQ", header.read(16))
+    layers = config.get_text_config().num_hidden_layers
+    if layers * _TENSORS_PER_LAYER > num_tensors:
+        raise ValueError(f"its {num_tensors:,} tensors are too few for {layers:,} layers")
 
 
 def _num_bytes(path: Path, file: str | None) -> int | None:
