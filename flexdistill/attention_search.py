@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .attention_modes import AttentionCall, record_calls
 from .distill.attention_transfer import softmax_weights
-from .errors import FlexdistillError
+from .errors import FlexdistillError, first_sentence
 from .example_inputs import example_inputs, float_tensors
 from .runtime.masks import LazyMask
 
@@ -71,14 +71,14 @@ def _calls_of_a_run(part: PreTrainedModel, required: bool) -> list[AttentionCall
             with torch.no_grad():
                 own = part(**inputs)
         except Exception as error:  # a model raises what it likes for inputs of another kind
-            refusals.append(str(error))
+            refusals.append(first_sentence(error))
             continue
         try:
             calls, recorded = record_calls(part, AttentionCall.softmax, partial(part, **inputs))
         except Exception as error:
             raise FlexdistillError(
-                f"{type(part).__name__} does more with its attention mask than pass it on ({error}), so it cannot be "
-                "converted."
+                f"{type(part).__name__} does more with its attention mask than pass it on ({first_sentence(error)}), "
+                "so it cannot be converted."
             ) from error
         _check_unchanged(part, recorded, own)
         return calls
@@ -90,8 +90,15 @@ def _calls_of_a_run(part: PreTrainedModel, required: bool) -> list[AttentionCall
 
 
 def _check_unchanged(part: PreTrainedModel, recorded: ModelOutput, own: ModelOutput) -> None:
-    for ours, theirs in zip(float_tensors(recorded), float_tensors(own), strict=True):
-        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()), equal_nan=True):
+    expected = float_tensors(own)
+    if not any(theirs.isfinite().any() for theirs in expected):
+        raise FlexdistillError(
+            f"{type(part).__name__} computes no finite number from example inputs; its weights or config.json are "
+            "damaged, so get them again."
+        )
+    for ours, theirs in zip(float_tensors(recorded), expected, strict=True):
+        largest = float(theirs.abs().nan_to_num(0, 0, 0).max())
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * largest, equal_nan=True):
             raise FlexdistillError(
                 f"{type(part).__name__} computes something else when its attention is called through transformers' "
                 "AttentionInterface, so it cannot be converted."

@@ -55,13 +55,12 @@ from .cli_options import (
 )
 from .cli_output import print_json, show_metrics, show_plan
 from .cli_scratch import init, train
-from .errors import FlexdistillError, RunInterrupted
+from .errors import FlexdistillError, RunInterrupted, long_names
 from .progress import is_main_process
 
 app = typer.Typer(
     help="Converts pretrained Hugging Face transformers to Flexformer linear attention.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -240,7 +239,7 @@ def compare(
     resolved = make_recipe(context.params)
     from .comparison import compare as run
     from .comparison import parse_variants
-    from .report import has_matplotlib
+    from .plots import has_matplotlib
     from .tables import comparison_table, print_table
 
     comparison = run(
@@ -314,7 +313,8 @@ def main() -> None:
     A run that a signal stopped says how to go on and exits with 128 + the signal's number.
     """
     try:
-        app()
+        with long_names():
+            app(prog_name="flexdistill")
     except FlexdistillError as error:
         if os.environ.get("FLEXDISTILL_DEBUG") == "1":
             raise

@@ -133,15 +133,20 @@ def source_settings(section: str, source: str) -> dict[str, str]:
 
 
 def _parse_assignment(assignment: str) -> tuple[str, Any]:
-    import yaml
+    from .recipe_sections import parse_yaml
 
     key, equals, value = assignment.partition("=")
     if not equals:
         raise FlexdistillError(f"--set {assignment!r} has no value; write KEY=VALUE, such as kernel.window=64.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise FlexdistillError(f"--set {assignment!r}: the value is not valid YAML.") from error
+    return key, parse_yaml(value, f"The value of --set {assignment!r}")
+
+
+def assignments(name: str, given: list[str]) -> dict[str, str]:
+    """The values of a repeatable option such as `piqa=piqa.jsonl`, by their names."""
+    pairs = [text.partition("=") for text in given]
+    if wrong := next(("".join(pair) for pair in pairs if not all(pair)), None):
+        raise FlexdistillError(f"{name} {wrong!r} has no name or no value; write NAME=VALUE.")
+    return {key: value for key, _, value in pairs}
 
 
 def integers(name: str, text: str) -> list[int]:

@@ -41,6 +41,15 @@ def show_positions(spans: dict[str, list[dict]], as_json: bool) -> None:
         print_table(*positions_table(spans))
 
 
+def show_tasks(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json(rows)
+    elif is_main_process():
+        from .tables import print_table, tasks_table
+
+        print_table(*tasks_table(rows))
+
+
 def print_json(value: Any) -> None:
     if is_main_process():
         print(json.dumps(value, indent=2))

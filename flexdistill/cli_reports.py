@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import SOURCE_HELP, Checkpoint, Debug, Json, Overwrite, integers, option, source_settings
-from .cli_output import print_json, show_metrics, show_positions
+from .cli_options import SOURCE_HELP, Checkpoint, Debug, Json, Overwrite, assignments, integers, option, source_settings
+from .cli_output import print_json, show_metrics, show_positions, show_tasks
 from .errors import FlexdistillError
 
 
@@ -21,8 +21,16 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 def evaluate(
     directory: Checkpoint,
-    teacher: Annotated[str, typer.Option(help="The model it was converted from.", metavar="MODEL")],
-    data: Annotated[str, typer.Option(help=SOURCE_HELP, metavar="SOURCE")],
+    teacher: Annotated[str | None, option(help="The model it came from, if it moved.", metavar="MODEL")] = None,
+    data: Annotated[str | None, option(help=SOURCE_HELP, metavar="SOURCE")] = None,
+    tasks: Annotated[
+        str | None, option(help="Instead, tasks of lm-evaluation-harness, such as piqa,arc_easy or task.yaml.")
+    ] = None,
+    task_data: Annotated[
+        list[str] | None,
+        option(metavar="TASK=FILE", help="A task's questions, as JSON lines of query, choices, gold; repeatable."),
+    ] = None,
+    limit: Annotated[int | None, option(min=1, help="Questions of each task, from the first.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     sequences: Annotated[int, typer.Option(help="Sequences evaluated, taken in order.")] = 48,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
@@ -32,7 +40,22 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare a converted model with its teacher."""
+    """Compare a converted model with its teacher, on text or on tasks."""
+    if (data is None) == (tasks is None):
+        raise typer.BadParameter("Give --data for perplexity, or --tasks.")
+    unused = {"--task-data": task_data, "--limit": limit} if data else {"--by-position": by_position}
+    if name := next((name for name, value in unused.items() if value), None):
+        raise typer.BadParameter(f"{name} is for {'--tasks' if data else '--data'}.")
+    from .evaluation import teacher_of
+
+    teacher = teacher or teacher_of(directory)
+    if tasks is not None:
+        from .harness import evaluate_tasks
+
+        files = assignments("--task-data", task_data or [])
+        names = [name.strip() for name in tasks.split(",")]
+        show_tasks(evaluate_tasks(directory, teacher, names, data=files, limit=limit, batch_size=batch_size), as_json)
+        return
     from .recipe import Recipe
 
     settings = source_settings("evaluation", data) | {
@@ -82,7 +105,7 @@ def report(
     print(write_report(directory, output, text=text, overwrite=overwrite))
 
 
-def variants(as_json: Json = False) -> None:
+def variants(as_json: Json = False, debug: Debug = False) -> None:
     """List the kernels that --variant, --component and --matrix choose from."""
     from .runtime.registry import feature_map_class, kernels
 
@@ -103,16 +126,26 @@ def variants(as_json: Json = False) -> None:
             print(f"Matrices of {variant}, the default first: {', '.join(matrices)}")
 
 
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """List the shipped recipes, or print one."""
     from .recipe import RECIPES_FOLDER, Recipe, shipped_recipes
 
     if name and name not in shipped_recipes():
         raise FlexdistillError(f"Recipe {name!r} is not shipped; shipped are: {', '.join(shipped_recipes())}.")
-    for known in [name] if name else shipped_recipes():
-        Recipe.load(known)
-        text = (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8")
-        print(text if name else f"{known:12} {text.splitlines()[0].removeprefix('# ')}", end="" if name else "\n")
+    texts = {known: (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8") for known in shipped_recipes()}
+    described = [{"recipe": known, "description": text.splitlines()[0][2:]} for known, text in texts.items()]
+    if as_json:
+        print_json(Recipe.load(name).model_dump() if name else described)
+    elif name:
+        print(texts[name], end="")
+    else:
+        from .tables import print_table
+
+        print_table(list(described[0]), [list(row.values()) for row in described])
 
 
 def register(app: typer.Typer) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
@@ -25,8 +24,9 @@ from .evaluation import compare_models, student_row
 from .export import export
 from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
 from .pipeline import make_student, plan_facts, run_facts, run_stages
+from .plots import has_matplotlib, plot_comparison
 from .recipe import STAGES, KernelRecipe, Recipe
-from .report import has_matplotlib, plot_comparison
+from .recipe_sections import parse_yaml
 from .runs import INDECISIVE, check_output
 from .storage import write_json
 from .tables import comparison_table, markdown_table
@@ -222,10 +222,7 @@ def parse_variant(text: str) -> dict[str, Any]:
     settings = {"variant": name}
     for assignment in assignments:
         key, _, value = assignment.partition("=")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise FlexdistillError(f"Variant {text!r}: the value of {key} is not valid YAML.") from error
+        settings[key] = parse_yaml(value, f"Variant {text!r}: the value of {key}")
     if ":" in name or not name:
         raise FlexdistillError(f"Variant {text!r} cannot be read; write NAME or NAME:SETTING=VALUE.")
     return settings

@@ -127,7 +127,7 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     if not convertible:
         raise FlexdistillError(
             f"{type(model).__name__} has no attention module that can become linear: "
-            f"{'; '.join(sorted(set(reasons.values())))}."
+            f"{'; '.join(sorted(set(filter(None, reasons.values()))))}."
         )
     chosen = _chosen(kernel, list(convertible))
     for name, module in convertible.items():
@@ -160,7 +160,7 @@ def _chosen(kernel: KernelRecipe, names: list[str]) -> dict[str, str | None]:
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The converted model; it takes over the weights of `model`, which must not be used again."""
-    return convert_model(model, {module.name: module.spec for module in plan.converted})
+    return convert_model(model, {module.name: module.spec for module in plan.converted if module.spec})
 
 
 def restore_softmax(model: PreTrainedModel, kl_gains: dict[str, float]) -> None:
@@ -263,7 +263,7 @@ def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: s
         num_key_value_heads=num_key_value_heads,
         head_dim=head_dim,
         num_frequencies=kernel.features or head_dim,
-        tied=kernel.tied,
+        tied=bool(kernel.tied),
         key_heads=kernel.key_heads,
         window=kernel.window,
         causal=call.causal,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -38,9 +38,38 @@ class RunInterrupted(BaseException):
         self.exit_code = 128 + number
 
 
-def first_sentence(error: Exception) -> str:
+def first_sentence(error: BaseException) -> str:
     """The beginning of a foreign error's message, without its full stop; its type where it has none."""
     return re.split(r"[.:]?\s*\n|\. |[.:]$", str(error).strip())[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(what: str, remedy: str | Callable[[BaseException], str]) -> Iterator[None]:
+    """Whatever a reader of foreign files raises becomes a FlexdistillError: `what` (the reason); `remedy`."""
+    try:
+        yield
+    except FlexdistillError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__module__ == "pyo3_runtime"  # of a library in Rust, which Python takes for no Exception
+        if not (isinstance(error, Exception) or is_panic):
+            raise
+        told = remedy if isinstance(remedy, str) else remedy(error)
+        raise FlexdistillError(f"{what} ({first_sentence(error)}); {told}.") from error
+
+
+@contextlib.contextmanager
+def long_names() -> Iterator[None]:
+    """A name that no file can have becomes a FlexdistillError, wherever it is looked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        raise FlexdistillError(
+            f"{name[:40]!r}... has {len(name)} characters, too many for a file; shorten it."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from .attention_modes import (
@@ -25,10 +25,10 @@ from .distill.attention_transfer import softmax_weights
 from .distill.heads import SplitModel
 from .distill.logits import next_tokens, positions_per_piece
 from .distill.stage import feature_maps
-from .errors import FlexdistillError
+from .errors import FlexdistillError, explained
+from .loading import checked_settings, load_weights
 from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement
 from .packing import pack
-from .progress import progress_bars_on_terminals_only
 from .recipe import EvaluationRecipe
 from .runtime import modeling_flexformer
 from .runtime.attention import attention_weights, count_guards
@@ -179,6 +179,23 @@ def evaluate_checkpoint(directory: str | Path, teacher: str, recipe: EvaluationR
     return compare_models(teacher_model, student, sequences, recipe.batch_size, accelerator)
 
 
+def teacher_of(directory: str | Path) -> str:
+    """The model that a converted one was made from, as its metrics.json names it.
+
+    Raises:
+        FlexdistillError: if it names none.
+    """
+    try:
+        teacher = json.loads((Path(directory) / "metrics.json").read_text(encoding="utf-8"))["model"]
+        if not isinstance(teacher, str):
+            raise TypeError(teacher)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise FlexdistillError(
+            f"{directory} does not say which model it was made from; name that with --teacher."
+        ) from error
+    return teacher
+
+
 def check_same_model(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
     """Raises FlexdistillError unless the student has all of the teacher's weights, in the same shapes."""
     ours = {name: tensor.shape for name, tensor in student.state_dict().items()}
@@ -196,18 +213,13 @@ def load_converted(directory: str | Path) -> PreTrainedModel:
     Raises:
         FlexdistillError: if there is no converted checkpoint.
     """
-    try:
+    remedy = "give the folder that `flexdistill convert` wrote"
+    with explained(f"{directory} is not a converted checkpoint", remedy):
+        checked_settings(directory)
         config = AutoConfig.from_pretrained(directory)
         if not isinstance(config, FlexformerConfigMixin):
             raise ValueError(f"its model type is {config.model_type!r}")
-        architecture = getattr(modeling_flexformer, config.architectures[0])
-        with progress_bars_on_terminals_only():
-            return architecture.from_pretrained(directory, config=config)
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise FlexdistillError(
-            f"{directory} is not a converted checkpoint ({str(error).splitlines()[0]}); give the folder that "
-            "`flexdistill convert` wrote."
-        ) from error
+        return load_weights(getattr(modeling_flexformer, config.architectures[0]), directory, config=config)
 
 
 def _ablation(student: PreTrainedModel, function):

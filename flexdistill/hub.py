@@ -17,7 +17,7 @@ from .runtime.configuration_flexformer import MODEL_TYPE
 
 # of an earlier push, where the weights were cut into other files: they would be loaded in the place of the new ones
 _STALE_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"]
-_REMEDIES = {
+_REMEDIES: dict[int | None, str] = {
     401: "the token is not valid: log in again with `hf auth login`, or set HF_TOKEN",
     403: "name a repository of your own, give a token that may write, or propose the files with --create-pr",
     404: "check the repository's name and the revision",

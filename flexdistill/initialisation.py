@@ -7,10 +7,17 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.utils import set_seed
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .conversion import Plan, apply_plan, make_plan
-from .errors import FlexdistillError
+from .errors import FlexdistillError, explained
 from .export import written_aside
 from .progress import progress_bars_on_terminals_only
 from .recipe import Recipe
@@ -45,7 +52,8 @@ def _initialise(config: str, recipe: Recipe, tokenizer: str | None, run: Run) ->
     settings = load_config(source, trust_remote_code=recipe.trust_remote_code)
     loaded = _tokenizer(source if tokenizer is None else resolve_model(tokenizer), recipe, asked=tokenizer is not None)
     set_seed(recipe.seed)
-    model = _untrained(settings, source)
+    with explained(f"No model can be built of configuration {source.name!r}", "check its settings"):
+        model = _untrained(settings, source)
     if loaded is not None:
         check_vocabulary(model, loaded)
     plan = make_plan(model, recipe.kernel)
@@ -84,7 +92,7 @@ def _untrained(config: PreTrainedConfig, source: ModelSource) -> PreTrainedModel
     raise FlexdistillError(f"Configuration {source.name!r} is of no model that transformers builds; give another one.")
 
 
-def _tokenizer(source: ModelSource, recipe: Recipe, *, asked: bool):
+def _tokenizer(source: ModelSource, recipe: Recipe, *, asked: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a source; one that was not asked for may be missing."""
     folder = Path(source.path_or_id)
     if not asked and folder.exists() and not any((folder.parent if folder.is_file() else folder).glob("tokenizer*")):

@@ -1,4 +1,7 @@
-"""Progress: a bar on a terminal, a line a minute elsewhere, so that logs and pipes stay readable."""
+"""Progress: a bar on a terminal, a line a minute elsewhere, so that logs and pipes stay readable.
+
+What draws is imported where it draws: every command asks here whether it may print.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partialmethod
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tqdm.std import tqdm
+from typing import Any
 
 # where there is no terminal
 SECONDS_PER_LINE = 60
@@ -41,6 +40,9 @@ def stage_progress(
     if not sys.stderr.isatty():
         yield _lines(name, total_steps, start_step)
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -77,9 +79,15 @@ def _shown(figures: dict[str, float]) -> str:
 @contextmanager
 def progress_bars_on_terminals_only() -> Iterator[None]:
     """tqdm's bars show inside the context only if stderr is a terminal."""
+    from tqdm.std import tqdm
+
     # transformers' own switch misses the GGUF reader, which calls tqdm itself
     original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, disable=None)
+
+    def quieter(self: tqdm, *args: Any, disable: bool | None = None, **settings: Any) -> None:
+        original(self, *args, disable=disable or None, **settings)
+
+    tqdm.__init__ = quieter
     try:
         yield
     finally:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, model_validator
 
-from .errors import FlexdistillError
+from .errors import FlexdistillError, first_sentence
 from .recipe_sections import (
     CheckpointRecipe,
     DataRecipe,
@@ -19,6 +19,7 @@ from .recipe_sections import (
     Section,
     TextRecipe,
     TrackingRecipe,
+    parse_yaml,
     section_of,
 )
 
@@ -48,9 +49,9 @@ class StageRecipe(Section):
         False, description="compile the model's layers with Inductor: steps are shorter, the first by far longer"
     )
     optimizer: Literal["adam", "adamw"]
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, description="of what the stage trains, at its highest")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="what follows the warm-up")
-    warmup_steps: int = Field(ge=0)
+    warmup_steps: int = Field(ge=0, description="steps in which the learning rate rises from 0")
     final_learning_rate_ratio: float = Field(
         0.05, ge=0, le=1, description="where cosine and linear schedules end, as a share of learning_rate"
     )
@@ -64,7 +65,7 @@ class StageRecipe(Section):
     )
 
     @model_validator(mode="after")
-    def _used_stage_settings_only(self):
+    def _used_stage_settings_only(self) -> StageRecipe:
         if self.schedule == "constant" and "final_learning_rate_ratio" in self.model_fields_set:
             raise ValueError("final_learning_rate_ratio is ignored with schedule: constant; remove it")
         if self.patience is not None and not self.validation_every:
@@ -72,7 +73,7 @@ class StageRecipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_micro_batch_size(self):
+    def _one_micro_batch_size(self) -> StageRecipe:
         if self.max_memory is not None and self.micro_batch_size is not None:
             raise ValueError("max_memory picks the micro_batch_size that is set too; set one of them")
         return self
@@ -113,7 +114,7 @@ class ModelStageRecipe(StageRecipe):
     warmup_steps: int = Field(20, ge=0)
 
     @model_validator(mode="after")
-    def _used_optimizer_settings_only(self):
+    def _used_optimizer_settings_only(self) -> ModelStageRecipe:
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError("weight_decay is ignored with optimizer: adam; set optimizer: adamw or remove it")
         return self
@@ -124,7 +125,7 @@ class LogitDistillationRecipe(ModelStageRecipe):
 
     steps: int = Field(150, ge=0)
     train: Literal["full", "lora", "kernels"] = Field("full", description="what is trained beside the kernels")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="that teacher's and student's logits are divided by")
     label_weight: float = Field(
         0.0, ge=0, le=1, description="share of the label loss; the rest is the KL to the teacher"
     )
@@ -141,7 +142,7 @@ class LogitDistillationRecipe(ModelStageRecipe):
     )
 
     @model_validator(mode="after")
-    def _used_settings_only(self):
+    def _used_settings_only(self) -> LogitDistillationRecipe:
         if self.lora is not None and self.train != "lora":
             raise ValueError(
                 f"lora is set but train is {self.train!r}, which would ignore it; set train: lora or remove lora"
@@ -183,7 +184,7 @@ class Recipe(Section):
     """
 
     model: str | None = Field(None, description="Hub id, folder, .gguf file or package:NAME")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="fixes the data order and the initial kernels")
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 on CPU; fp16: with a gradient scaler"
     )
@@ -212,9 +213,12 @@ class Recipe(Section):
                 f"shipped are: {', '.join(shipped_recipes())}."
             )
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FlexdistillError(f"Recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FlexdistillError(
+                f"Recipe {path} cannot be read ({first_sentence(error)}); see that it is UTF-8 text that you may read."
+            ) from error
+        settings = parse_yaml(text, f"Recipe {path}") or {}
         if not isinstance(settings, dict):
             raise FlexdistillError(f"Recipe {path} must hold settings by name, not a {type(settings).__name__}.")
         return cls._checked(settings, f"Recipe {path}")
@@ -332,7 +336,7 @@ def _without_ignored(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")

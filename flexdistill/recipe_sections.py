@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .errors import FlexdistillError
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        FlexdistillError: if it is not valid; `what` begins the sentence.
+    """
+    try:
+        return yaml.safe_load(text)
+    # impossible dates and numbers are ValueErrors, deep nesting is a RecursionError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FlexdistillError(f"{what} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
 class Section(BaseModel):
@@ -117,7 +133,7 @@ class DataRecipe(TextRecipe):
         return " + ".join(text.source for text in self.texts)
 
     @model_validator(mode="after")
-    def _used_settings_only(self):
+    def _used_settings_only(self) -> DataRecipe:
         given = next((name for name in TextRecipe.model_fields if name in self.model_fields_set), None)
         if self.sources is not None and given is not None:
             raise ValueError(f"{given} is set but sources would replace it; give it inside sources or remove one")
@@ -128,15 +144,15 @@ class EvaluationRecipe(Section):
     """What teacher and student are compared on."""
 
     source: str | None = Field(None, description="as data.source; None: sequences held out from the training data")
-    config: str | None = None
-    split: str | None = None
-    column: str | None = None
+    config: str | None = Field(None, description="as data.config")
+    split: str | None = Field(None, description="as data.split")
+    column: str | None = Field(None, description="as data.column")
     sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
     sequences: int = Field(48, ge=1, description="sequences evaluated, taken in order")
     batch_size: int = Field(8, ge=1, description="sequences per forward pass")
 
     @model_validator(mode="after")
-    def _used_settings_only(self):
+    def _used_settings_only(self) -> EvaluationRecipe:
         given = next((name for name in ("config", "split", "column") if getattr(self, name) is not None), None)
         if self.source is None and given is not None:
             raise ValueError(f"{given} is set but source is not, so it would be ignored; set source or remove {given}")

@@ -21,9 +21,9 @@ from .distill.stage import feature_maps
 from .errors import FlexdistillError, disk_errors, first_sentence
 from .evaluation import check_same_model, load_converted
 from .packing import pack
+from .plots import has_matplotlib, layer_number
 from .positions import token_losses
 from .recipe import EvaluationRecipe, KernelRecipe
-from .report import has_matplotlib, layer_number
 from .report_figures import bars, histogram, lines, maps
 from .report_html import figure_grid, page, section, table
 from .runtime.attention import attention_weights

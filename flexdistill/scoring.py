@@ -59,10 +59,7 @@ def score_continuations(
     Raises:
         FlexdistillError: if the model is a converted encoder, whose predictions see what they predict.
     """
-    if isinstance(model.config, FlexformerConfigMixin) and not all(
-        s.causal for s in model.config.kernel_specs.values()
-    ):
-        raise FlexdistillError(f"{type(model).__name__} attends in both directions; score with a causal model.")
+    check_causal(model)
     split, scores = SplitModel(model), {}
     for batch in _batches(continuations, batch_tokens):
         rows = [torch.tensor(continuations[index].prompt + continuations[index].continuation) for index in batch]
@@ -74,6 +71,14 @@ def score_continuations(
                 start, stop = len(continuations[index].prompt), len(rows[row])
                 scores[index] = _score(split, hidden[row, start - 1 : stop - 1], tokens[row, start:stop])
     return [scores[index] for index in range(len(continuations))]
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises FlexdistillError if the model is a converted encoder, whose predictions see what they predict."""
+    if isinstance(model.config, FlexformerConfigMixin) and not all(
+        s.causal for s in model.config.kernel_specs.values()
+    ):
+        raise FlexdistillError(f"{type(model).__name__} attends in both directions; score with a causal model.")
 
 
 def _score(split: SplitModel, hidden: torch.Tensor, tokens: torch.Tensor) -> Score:

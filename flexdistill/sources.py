@@ -6,8 +6,7 @@ import importlib.metadata
 import importlib.util
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +23,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from yaml import YAMLError
 
-from .errors import FlexdistillError, first_sentence
+from .errors import FlexdistillError, explained
+from .loading import checked_settings, load_weights
 from .progress import progress_bars_on_terminals_only
 from .runtime.configuration_flexformer import MODEL_TYPE
 
@@ -84,13 +85,12 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreT
         FlexdistillError: if it is missing, damaged, of an unknown type or converted already, or needs remote code.
     """
     with _explained(source):
-        if source.gguf_file is None:
-            settings, _ = PreTrainedConfig.get_config_dict(source.path_or_id)
-            if settings.get("model_type") == MODEL_TYPE:
-                raise FlexdistillError(f"Model {source.name!r} is converted already; give the model it was made from.")
-        return AutoConfig.from_pretrained(
-            source.path_or_id, gguf_file=source.gguf_file, trust_remote_code=trust_remote_code
-        )
+        settings = checked_settings(source.path_or_id, source.gguf_file)
+        if settings.get("model_type") == MODEL_TYPE:
+            raise FlexdistillError(f"Model {source.name!r} is converted already; give the model it was made from.")
+        if source.gguf_file:
+            return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+        return AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -115,8 +115,6 @@ def load_model(
         FlexdistillError: if the model cannot be found or read, or its file lacks weights.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
-    if auto_class is None:
-        auto_class = AutoModelForCausalLM if source.gguf_file else _architecture(config, source, trust_remote_code)
     folder = Path(source.path_or_id)
     if source.gguf_file is None and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise FlexdistillError(
@@ -124,20 +122,16 @@ def load_model(
             "transformers and write them with save_pretrained."
         )
     with _explained(source), progress_bars_on_terminals_only():
-        weights = {"gguf_file": source.gguf_file} if source.gguf_file else {"use_safetensors": True}
-        model, report = auto_class.from_pretrained(
+        if auto_class is None:
+            auto_class = AutoModelForCausalLM if source.gguf_file else _architecture(config, source, trust_remote_code)
+        model = load_weights(
+            auto_class,
             source.path_or_id,
             config=config,
+            file=source.gguf_file,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **weights,
         )
-        if missing := sorted(report["missing_keys"]):
-            raise FlexdistillError(
-                f"Model {source.name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
-                "complete its files or name the class that was saved under `architectures` in config.json."
-            )
         return _unquantized(model, config, dtype) if source.gguf_file else model
 
 
@@ -148,9 +142,11 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         FlexdistillError: if the tokenizer is missing or damaged.
     """
     with _explained(source, "Tokenizer of "):
+        checked_settings(source.path_or_id, source.gguf_file)  # transformers reads them for the tokenizer's class
         tokenizer = AutoTokenizer.from_pretrained(
             source.path_or_id, gguf_file=source.gguf_file, trust_remote_code=trust_remote_code
         )
+        tokenizer("Miss Brooke")  # what does not fit together shows in use
     # without tokenizer files transformers makes one that knows its special tokens only and turns text into nothing
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise FlexdistillError(
@@ -216,7 +212,8 @@ def _joined_pieces(package: str) -> Path | None:
         requirements = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
         requirements = []
-    names = [package, *(re.match(r"[\w.-]+", requirement)[0] for requirement in requirements if ";" not in requirement)]
+    unconditional = (re.match(r"[\w.-]+", requirement) for requirement in requirements if ";" not in requirement)
+    names = [package, *(name[0] for name in unconditional if name)]
     found = {path for name in names for folder in _package_folders(name) for path in folder.rglob("*.gguf.part*")}
     pieces = sorted(found, key=lambda path: path.name)
     if not pieces:
@@ -249,10 +246,8 @@ def _package_folders(package: str) -> list[Path]:
         files = importlib.metadata.files(package) or []
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
         raise FlexdistillError(f"Package {package!r} is not installed; run `pip install {package}`.") from error
-    tops = {
-        file.locate().parents[len(file.parts) - 2] for file in files if len(file.parts) > 1 and ".." not in file.parts
-    }
-    return sorted(map(Path, tops))
+    inside = [file for file in files if len(file.parts) > 1 and ".." not in file.parts]
+    return sorted({Path(file.locate()).parents[len(file.parts) - 2] for file in inside})
 
 
 def _architecture(config: PreTrainedConfig, source: ModelSource, trust_remote_code: bool) -> type:
@@ -281,23 +276,18 @@ def _unquantized(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.
     return plain
 
 
-@contextmanager
-def _explained(source: ModelSource, what: str = "Model ") -> Iterator[None]:
-    try:
-        yield
-    except FlexdistillError:
-        raise
-    except Exception as error:  # readers of foreign files let errors of any type through
-        if "trust_remote_code" in str(error):
-            remedy = "read the code that it ships and set trust_remote_code if you trust it"
-        elif source.gguf_file:
-            remedy = "check that the file is complete and of an architecture that transformers reads from GGUF"
-        elif source.hub_id is None:
-            remedy = "check that config.json, *.safetensors and the tokenizer files are complete"
-        else:
-            remedy = (
-                "check the Hub id, that it has safetensors weights, the network and, if it is gated, HF_TOKEN, or give "
-                f"a local folder, a .gguf file or {PACKAGE_PREFIX}NAME"
-            )
-        reason = first_sentence(error)
-        raise FlexdistillError(f"{what}{source.name!r} cannot be loaded ({reason}); {remedy}.") from error
+def _explained(source: ModelSource, what: str = "Model ") -> AbstractContextManager[None]:
+    if source.gguf_file:
+        remedy = "check that the file is complete and of an architecture that transformers reads from GGUF"
+    elif source.hub_id is None:
+        remedy = "check that config.json, *.safetensors and the tokenizer files are complete"
+    else:
+        remedy = (
+            "check the Hub id, that it has safetensors weights, the network and, if it is gated, HF_TOKEN, or give "
+            f"a local folder, a .gguf file or {PACKAGE_PREFIX}NAME"
+        )
+    of_code = "read the code that it ships and set trust_remote_code if you trust it"
+    return explained(
+        f"{what}{source.name!r} cannot be loaded",
+        lambda error: of_code if "trust_remote_code" in str(error) else remedy,
+    )

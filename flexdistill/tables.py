@@ -156,6 +156,25 @@ def positions_table(spans: dict[str, list[dict]]) -> tuple[list[str], list[list[
     return columns, rows
 
 
+def tasks_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of `harness.evaluate_tasks`, each figure with its standard error."""
+    figures = ("teacher", "student", "difference")
+    columns = ["task", "metric", *figures, "questions"]
+    return columns, [
+        [
+            row["task"],
+            row["metric"],
+            *(_with_error(row[name], row[f"{name}_error"]) for name in figures),
+            row["questions"],
+        ]
+        for row in rows
+    ]
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
 def format_bytes(count: int) -> str:
     """A number of bytes in the largest decimal unit that leaves at least one."""
     for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):

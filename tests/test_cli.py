@@ -1,11 +1,18 @@
+import contextlib
 import json
+import os
+import pty
+import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import typer
 import yaml
 
-from flexdistill import pipeline, report
+from flexdistill import pipeline, plots
+from flexdistill.cli import app
 from flexdistill.progress import stage_progress
 from flexdistill.recipe import Recipe, shipped_recipes
 from flexdistill.runtime.registry import kernels
@@ -74,7 +81,10 @@ def test_version(run):
 
 
 def test_recipes(run):
-    assert [line.split()[0] for line in run("recipes").out.splitlines()] == shipped_recipes()
+    assert [line.split()[0] for line in run("recipes").out.splitlines()[1:]] == shipped_recipes()
+    listed = json.loads(run("recipes", "--json").out)
+    assert [row["recipe"] for row in listed] == shipped_recipes() and all(row["description"] for row in listed)
+    assert json.loads(run("recipes", "demo", "--json").out) == Recipe.load("demo").model_dump()
     assert yaml.safe_load(run("recipes", "demo").out)["data"]["source"] == "sample"
     assert run("recipes", "dmeo").code == 2
 
@@ -188,6 +198,8 @@ def test_results_as_table_and_json(run, converted):
         ("compare gpt2 --variants nonsense", "Unknown variant 'nonsense'"),
         ("compare gpt2 --variants hedgehog --budget 5", "less than a step of each stage"),
         ("compare ./missing --variants hedgehog", "'./missing' does not exist"),
+        ("evaluate gpt2 --data sample", "name that with --teacher"),
+        ("evaluate gpt2 --teacher gpt2 --tasks piqa --task-data piqa", "write NAME=VALUE"),
         ("inspect ./missing", "'./missing' does not exist"),
         ("generate ./missing x", "'./missing' does not exist"),
     ],
@@ -200,11 +212,23 @@ def test_errors_are_one_line_and_exit_code_2(run, arguments, message):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    ["inspect {}", "convert gpt2 --recipe {}", "convert gpt2 --data ./{}", "push {} user/name", "generate {} x"],
+)
+def test_names_too_long_for_a_file(run, arguments):
+    result = run(*arguments.format("a" * 5000).split())
+    assert result.code == 2 and "too many for a file; shorten it" in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("convert gpt2 --windw 3", "No such option"),
         ("convert", "Missing argument"),
-        ("evaluate gpt2 --data sample", "Missing option"),
+        ("evaluate gpt2", "Give --data for perplexity, or --tasks"),
+        ("evaluate gpt2 --data sample --tasks piqa", "Give --data for perplexity, or --tasks"),
+        ("evaluate gpt2 --data sample --limit 3", "--limit is for --tasks"),
+        ("evaluate gpt2 --tasks piqa --by-position", "--by-position is for --data"),
         ("generate gpt2 x --top-p 0.9", "--temperature above 0"),
         ("inspect gpt2 --sequence-length 8", "--sequence-length is for --rank-layers"),
         ("frobnicate", "No such command"),
@@ -222,6 +246,60 @@ def test_debug_shows_the_traceback(run, monkeypatch):
     monkeypatch.setenv("FLEXDISTILL_DEBUG", "1")
     with pytest.raises(Exception, match="did you mean"):
         run("convert", "gpt2", "--set", "sed=1")
+
+
+def test_every_table_is_json_on_request_and_every_error_has_its_traceback():
+    commands = typer.main.get_command(app).commands
+    assert len(commands) >= 12
+    for name, command in commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert "--debug" in options, name
+        assert "--json" in options or name in ("report", "push"), name  # which print a path and an address
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["variants"], ["convert", "--windw"], ["x"]])
+def test_no_colour_in_a_pipe(run, arguments):
+    result = run(*arguments)
+    assert (result.out or result.err) and "\x1b" not in result.out + result.err
+
+
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_colour_on_a_terminal(variables, coloured):
+    ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    command = [sys.executable, "-m", "flexdistill", "--help"]
+    settings = {"TERM": "xterm-256color", "COLUMNS": "100"} | variables
+    subprocess.run(command, stdout=theirs, stderr=theirs, check=True, env=environment | settings)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # what a terminal says at its end
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert b"convert" in shown and (re.search(rb"\x1b\[[0-9;]*3[0-9]m", shown) is not None) is coloured
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("flexdistill con", ["convert"]),
+        ("flexdistill ", ["compare", "convert", "doctor", "evaluate", "generate", "init", "inspect"]),
+        ("flexdistill convert gpt2 --win", ["--window"]),
+        ("flexdistill evaluate gpt2 --t", ["--tasks", "--teacher"]),
+    ],
+)
+def test_shell_completion(run, monkeypatch, words, offered):
+    monkeypatch.setenv("_FLEXDISTILL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+    result = run()
+    assert result.code == 0 and set(offered) <= set(result.out.split())
+    assert all(word.startswith(words.split(" ")[-1]) for word in result.out.split())
+
+
+def test_completion_script(run):
+    script = run("--show-completion", "bash").out
+    assert "_FLEXDISTILL_COMPLETE=complete_bash" in script and "complete -o" in script
 
 
 def test_interrupt_exits_130(run, monkeypatch):
@@ -296,7 +374,7 @@ def test_convert_evaluate_generate(run, models, tmp_path):
     folder = "llama-flexformer"
     assert (tmp_path / folder / "model.safetensors").is_file()
     result = run(
-        *("evaluate", folder, "--teacher", teacher, "--data", "sample"),
+        *("evaluate", folder, "--data", "sample"),
         *("--sequence-length", "16", "--sequences", "2", "--json"),
     )
     names = [row["name"] for row in json.loads(result.out)["rows"]]
@@ -322,7 +400,7 @@ def test_compare(run, models, tmp_path, monkeypatch):
     assert [entry["kernel"]["window"] for entry in comparison["results"]] == [0, 4, 0, 4]
     assert {entry["tokens"] for entry in comparison["results"]} == {64}
     assert comparison["budget_tokens"] == 96
-    monkeypatch.setattr(report, "has_matplotlib", lambda: False)
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     arguments += ["--set", "data.cache=false"]  # which would be told
     again = run(*arguments, "--set", "evaluation.sequences=2", "--resume")
     assert "hedgehog, window 4: window only" in again.out

@@ -11,7 +11,7 @@ from flexdistill.comparison import compare, make_entries, parse_variants
 from flexdistill.distill.logits import LogitDistillation
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.pipeline import convert
-from flexdistill.report import plot_comparison
+from flexdistill.plots import plot_comparison
 from flexdistill.tables import comparison_table
 from tests import conversions
 

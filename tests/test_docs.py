@@ -3,16 +3,21 @@
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import typer
+import yaml
 
 from flexdistill.cli import app, main
 from flexdistill.data import SAMPLE, read_documents
-from flexdistill.recipe import DataRecipe
+from flexdistill.recipe import DataRecipe, Recipe
+from flexdistill.recipe_sections import Section
 from tests import tiny
+from tests.test_layering import LAYERS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,6 +78,9 @@ def test_command_parses(command):
     arguments = flexdistill_arguments(command)
     if arguments is not None:
         group = typer.main.get_command(app)
+        if arguments[0].startswith("--"):
+            assert arguments[0] in {option for parameter in group.params for option in parameter.opts}
+            return
         assert arguments[0] in group.commands
         # raises for an unknown option or a missing argument
         group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
@@ -83,6 +91,43 @@ def test_make_target_exists(command):
     makefile = (ROOT / "Makefile").read_text()
     for target in takewhile(lambda word: "=" not in word, command[1:]):
         assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
+
+
+def settings_tables(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every setting of the recipe with its default and description, a table for each section."""
+    rows, sections = [], []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            sections.append((f"{prefix}{name}.", field.annotation))
+            continue
+        default = yaml.safe_dump(field.get_default(), default_flow_style=True).split("\n")[0]
+        inherited = (base.model_fields[name] for base in section.__mro__ if name in getattr(base, "model_fields", {}))
+        description = next(filter(None, (one.description for one in inherited)), "")
+        if get_origin(field.annotation) is Literal:
+            choices = " or ".join(f"`{choice}`" for choice in get_args(field.annotation))
+            description = f"{choices}; {description}" if description else choices
+        rows.append(f"| `{prefix}{name}` | `{default}` | {description} |\n")
+    summary = "" if section is Recipe else f"{section.__doc__.splitlines()[0]}\n\n"
+    head = f"### {prefix[:-1] or 'recipe'}\n\n{summary}| setting | default | what it is |\n|---|---|---|\n"
+    yield head + "".join(rows)
+    for prefix, inner in sections:
+        yield from settings_tables(inner, prefix)
+
+
+@pytest.mark.parametrize("table", list(settings_tables()), ids=lambda table: table.split("\n")[0].removeprefix("### "))
+def test_every_setting_is_documented(table):
+    assert table in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), f"put this there:\n{table}"
+
+
+def test_every_module_is_in_the_architecture_of_the_code():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture-of-the-code.md").read_text(), re.MULTILINE)
+    assert [set(re.findall("`(\\w+)`", row)) for row in rows] == LAYERS
+
+
+def test_documents_link_to_what_is_there():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

@@ -1,5 +1,7 @@
 """`flexdistill report`: a page that holds everything, tells the metrics' numbers, and fits a phone and the dark."""
 
+import functools
+import html
 import json
 import os
 import re
@@ -18,7 +20,10 @@ from flexdistill.recipe import EvaluationRecipe, Recipe
 from flexdistill.report_page import Text, write_report
 from tests import tiny
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# the browser of the environment, else the first that is on the path
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 # elements that have no end
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -261,36 +266,72 @@ def chromium(*arguments: str, home: Path) -> str:
     return done.stdout
 
 
+# of a page in a frame: what its parts take up, in pixels of the frame, and which of them lie over one another
+MEASURE = """<script>addEventListener('load', () => {
+  const box = x => { const r = x.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom] };
+  const all = query => [...document.querySelectorAll(query)];
+  const both = (a, b, low) => Math.min(a[low + 2], b[low + 2]) - Math.max(a[low], b[low]) > 1;
+  const over = (a, b) => both(a, b, 0) && both(a, b, 1);
+  const overlapping = parts => parts.flatMap((one, n) =>
+    parts.slice(n + 1).filter(other => over(box(one), box(other))).map(other => [one.textContent, other.textContent]));
+  const root = document.documentElement, wide = document.querySelector('.wide');
+  parent.postMessage(JSON.stringify({
+    sideways: [root.scrollWidth - innerWidth, wide.scrollWidth - wide.clientWidth],
+    height: root.scrollHeight,
+    overlaps: [...overlapping(all('h1, h2, p, table, figure svg, figcaption, footer')),
+      ...overlapping(all('td, th')), ...all('figure svg').flatMap(x => overlapping([...x.querySelectorAll('text')]))],
+    figures: all('figure svg').map(box), headings: all('h2').map(box), tables: all('table').map(box),
+  }), '*') })</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def framed(page, tmp_path_factory):
+    """Gives a page that shows the report in a frame of some width, which a window of a phone's width cannot, and its
+    measurements."""
+    folder = tmp_path_factory.mktemp("framed")
+    without_policy = re.sub('<meta http-equiv="Content-Security-Policy".*?">', "", page)
+    (folder / "page.html").write_text(without_policy.replace("</body>", MEASURE), encoding="utf-8")
+
+    @functools.cache
+    def frame(width, height=900):
+        file = folder / f"{width}-{height}.html"
+        style = f"border: 0; width: {width}px; height: {height}px"
+        listen = "<script>onmessage = event => document.title = event.data</script>"
+        file.write_text(
+            f"<title></title><body style='margin: 0'>{listen}<iframe src=page.html style='{style}'></iframe>",
+            encoding="utf-8",
+        )
+        dump = chromium("--dump-dom", "--virtual-time-budget=5000", f"file://{file}", home=folder)
+        return file, json.loads(html.unescape(re.search("<title>(.*?)</title>", dump)[1]))
+
+    return frame
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_fits_the_screen(page, tmp_path, width):
-    # a window is never narrower than 500 pixels, a frame is
-    measure = (
-        "<script>addEventListener('load', () => { const root = document.documentElement;"
-        "const small = [...document.querySelectorAll('figure svg')].filter(x => x.getBoundingClientRect().width < 250);"
-        "const table = document.querySelector('.wide');"
-        "const figures = [innerWidth, root.scrollWidth, small.length, table.scrollWidth - table.clientWidth];"
-        "parent.postMessage(JSON.stringify(figures), '*') })</script></body>"
-    )
-    without_policy = re.sub('<meta http-equiv="Content-Security-Policy".*?">', "", page)
-    (tmp_path / "page.html").write_text(without_policy.replace("</body>", measure), encoding="utf-8")
-    frame = f"<iframe src=page.html style='border: 0; width: {width}px; height: 900px'></iframe>"
-    listen = "<script>onmessage = event => document.title = event.data</script>"
-    (tmp_path / "outer.html").write_text(f"<title></title>{listen}{frame}", encoding="utf-8")
-    arguments = ("--dump-dom", "--virtual-time-budget=5000", "--window-size=1600,900", f"file://{tmp_path}/outer.html")
-    title = re.search("<title>(.*?)</title>", chromium(*arguments, home=tmp_path))[1]
-    assert json.loads(title) == [width, width, 0, 0]
+def test_fits_the_screen(framed, width):
+    _, found = framed(width)
+    assert found["sideways"] == [0, 0] and found["overlaps"] == []
+    assert len(found["figures"]) >= 10 and min(right - left for left, _, right, _ in found["figures"]) > 250
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_light_and_dark(page, tmp_path):
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_blank(framed, tmp_path, width, scheme):
+    """In a screenshot of the whole page, everything has ink that stands out from its paper."""
     from matplotlib.image import imread
 
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    shots = {}
-    for name, options in {"light": (), "dark": ("--force-dark-mode",)}.items():
-        shot = f"--screenshot={tmp_path}/{name}.png"
-        chromium(*options, "--window-size=390,1600", shot, f"file://{tmp_path}/page.html", home=tmp_path)
-        shots[name] = imread(tmp_path / f"{name}.png")[..., :3].mean(-1)
-    assert shots["light"][2, 2] > 0.9 and shots["dark"][2, 2] < 0.2  # paper
-    assert shots["light"].min() < 0.3 and shots["dark"].max() > 0.8  # ink
+    height = framed(width)[1]["height"]
+    file, found = framed(width, height)
+    options = ["--force-dark-mode"] if scheme == "dark" else []
+    options += [f"--window-size={max(width, 500)},{height}", f"--screenshot={tmp_path}/shot.png"]
+    chromium(*options, f"file://{file}", home=tmp_path)
+    shot = imread(tmp_path / "shot.png")[:height, :width, :3].mean(-1)
+    paper = shot[2, 2]
+    assert paper > 0.9 if scheme == "light" else paper < 0.2
+    for part, least_contrast in {"figures": 0.4, "headings": 0.6, "tables": 0.6}.items():
+        for left, top, right, bottom in found[part]:
+            inside = shot[int(top) : int(bottom) + 1, int(left) : int(right) + 1]
+            assert inside.max() - inside.min() > least_contrast, (part, left, top)
+            assert abs(inside - paper).max() > least_contrast, (part, left, top)

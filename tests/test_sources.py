@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, BertModel
 
 from flexdistill.errors import FlexdistillError
 from flexdistill.sources import ModelSource, check_vocabulary, load_card, load_model, load_tokenizer, resolve_model
-from tests.tiny import save_tiny, tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import save_gguf, save_tiny, tiny_bert, tiny_gpt2, tiny_llama
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bert": tiny_bert}
 IDS = torch.arange(2, 34).view(2, 16)
@@ -26,36 +27,7 @@ def llama_folder(tmp_path, tiny_tokenizer):
 
 @pytest.fixture
 def write_gguf(tmp_path):
-    """Writes a Llama as GGUF, with the query and key rows in the order of llama.cpp, and without a tokenizer."""
-    gguf = pytest.importorskip("gguf")
-
-    def write(model):
-        config, file = model.config, tmp_path / "tiny.gguf"
-        writer = gguf.GGUFWriter(file, "llama")
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(10_000.0)
-        writer.add_vocab_size(config.vocab_size)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for name, weight in model.state_dict().items():
-            for projection, count in heads.items():
-                if projection in name:
-                    weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return file
-
-    return write
+    return partial(save_gguf, tmp_path / "tiny.gguf")
 
 
 def logits(model):
@@ -242,7 +214,7 @@ def test_damaged_weights_are_errors(llama_folder):
         rejected("cannot be loaded .*; check that config.json, \\*.safetensors", load_model, source)
     norm = weights.pop("model.norm.weight")
     save_file(weights, file, metadata={"format": "pt"})
-    rejected("lacks 1 weights of LlamaForCausalLM, such as model.norm.weight; complete", load_model, source)
+    rejected("lacks 1 weights of LlamaForCausalLM, such as model.norm.weight, or `arch", load_model, source)
     save_file({**weights, "model.norm.weight": norm[:3].clone()}, file, metadata={"format": "pt"})
     rejected("cannot be loaded .*; check that config.json, \\*.safetensors", load_model, source)
 

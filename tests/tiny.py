@@ -1,6 +1,7 @@
 """Models and a tokenizer small enough for every test, built from configurations and never downloaded."""
 
 import functools
+import json
 import lzma
 from pathlib import Path
 
@@ -68,6 +69,42 @@ def save_tiny(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+
+def save_gguf(file: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+    """Writes a Llama as GGUF, with the query and key rows in the order of llama.cpp."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    if tokenizer is not None:
+        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+        writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        for projection, count in heads.items():
+            if projection in name:
+                weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 def _build(model_class: type[PreTrainedModel], config) -> PreTrainedModel:

@@ -6,7 +6,9 @@ Queries are (B, H, T, d); keys are (B, K, T, d). State heads S are H or K (`Kern
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -112,7 +114,9 @@ class FeatureMap(nn.Module):
         """Features F per head."""
         return 2 * self.spec.num_frequencies
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, function=None, **arguments):
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, function: Callable[..., Any] | None = None, **arguments: Any
+    ) -> Any:
         """`features`, or what function(self, query, key, **arguments) returns.
 
         Whatever needs the parameters runs inside this call, because only a module's call fires the hooks that bring

@@ -1,5 +1,7 @@
 """The kernels that `--variant`, `--component` and `--matrix` choose from. Adding one is a class and a line here."""
 
+import re
+
 from .baselines import (
     CosformerFeatureMap,
     EluFeatureMap,
@@ -22,7 +24,10 @@ from .random_features import (
     TrigonometricRandomFeatureMap,
 )
 
-_FLEXFORMER = {"hyperbolic": HyperbolicFeatureMap, "trigonometric": TrigonometricFeatureMap}
+_FLEXFORMER: dict[str | None, type[FeatureMap]] = {
+    "hyperbolic": HyperbolicFeatureMap,
+    "trigonometric": TrigonometricFeatureMap,
+}
 
 # variant -> component -> feature map; the first component is the default, None is that of a variant without a choice
 FEATURE_MAPS: dict[str, dict[str | None, type[FeatureMap]]] = {
@@ -45,6 +50,33 @@ FEATURE_MAPS: dict[str, dict[str | None, type[FeatureMap]]] = {
         "trigrf": TrigonometricRandomFeatureMap,
     },
 }
+
+
+def register_feature_map(variant: str, feature_map: type[FeatureMap], component: str | None = None) -> None:
+    """Adds a kernel, which every command and function then finds by its name in this process.
+
+    A checkpoint of it holds its name and its parameters, not its class: register it before loading one.
+
+    Args:
+        variant: what `--variant` names it; lower case letters, digits and underscores.
+        feature_map: its class, a subclass of `FeatureMap`: queries (B, H, T, d) and keys (B, K, T, d) become features
+            (B, H, T, F) and logarithmic weights (B, H, T), all float32, so that k(x, y) = <phi(x), phi(y)> e^(weights).
+        component: what `--component` names it; None for a variant with one kernel.
+
+    Raises:
+        ValueError: if the class is no feature map, the name is of another form, or another class has it.
+    """
+    if not (isinstance(feature_map, type) and issubclass(feature_map, FeatureMap)):
+        raise ValueError(f"{feature_map!r} is not a subclass of FeatureMap; derive the kernel's class from it")
+    for name in (variant, component):
+        if name is not None and not re.fullmatch("[a-z0-9_]+", name):
+            raise ValueError(f"{name!r} is no name of a kernel; use lower case letters, digits and underscores")
+    components = FEATURE_MAPS.get(variant, {})
+    if components.get(component, feature_map) is not feature_map:
+        raise ValueError(f"{components[component].__name__} is registered under this name already; choose another one")
+    if components and (None in components or component is None) and component not in components:
+        raise ValueError(f"Variant {variant!r} is registered already; choose another name")
+    FEATURE_MAPS[variant] = components | {component: feature_map}
 
 
 def kernels() -> list[tuple[str, str | None]]:
