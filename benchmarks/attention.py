@@ -40,8 +40,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexdistill.attention_modes import AttentionCall
-from flexdistill.distill.attention_transfer import softmax_weights
-from flexdistill.distill.tiled_transfer import transfer_loss
+from flexdistill.distillation.attention_transfer import softmax_weights
+from flexdistill.distillation.tiled_transfer import transfer_loss
 from flexdistill.losses import attention_cross_entropy, attention_entropy, relative_output_error
 from flexdistill.runtime.attention import attention_weights
 
@@ -190,7 +190,7 @@ def decode_sdpa(shape: Shape, length: int, backend: SDPBackend) -> Callable[[], 
 
 
 def transfer_torch(feature_map, query, key, value, scaling) -> torch.Tensor:
-    """The loss of one layer as flexdistill.distill.attention_transfer computes it, through T x T maps."""
+    """The loss of one layer as flexdistill.distillation.attention_transfer computes it, through T x T maps."""
     with torch.no_grad():
         call = AttentionCall(nn.Module(), query, key, value, None, {"scaling": scaling, "is_causal": True})
         teacher = softmax_weights(call)

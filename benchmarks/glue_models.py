@@ -23,12 +23,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator, to_device
-from flexdistill.distill.attention_transfer import AttentionTransfer
-from flexdistill.distill.loop import run_stage
-from flexdistill.distill.measurement import measure_kernels
-from flexdistill.distill.optimizers import make_optimizer, model_groups
-from flexdistill.distill.stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
-from flexdistill.distill.throughput import kernel_flops, weight_flops
+from flexdistill.distillation.attention_transfer import AttentionTransfer
+from flexdistill.distillation.loop import run_stage
+from flexdistill.distillation.measurement import measure_kernels
+from flexdistill.distillation.optimizers import make_optimizer, model_groups
+from flexdistill.distillation.stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
+from flexdistill.distillation.throughput import kernel_flops, weight_flops
 from flexdistill.packing import train_order
 from flexdistill.progress import progress_bars_on_terminals_only
 from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, ModelStageRecipe

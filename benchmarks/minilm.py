@@ -19,10 +19,10 @@ from accelerate.utils import set_seed
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.data import read_documents
 from flexdistill.devices import make_accelerator
-from flexdistill.distill.attention_transfer import AttentionTransfer
-from flexdistill.distill.loop import run_stage
-from flexdistill.distill.stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
-from flexdistill.distill.throughput import kernel_flops, softmax_flops, weight_flops
+from flexdistill.distillation.attention_transfer import AttentionTransfer
+from flexdistill.distillation.loop import run_stage
+from flexdistill.distillation.stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
+from flexdistill.distillation.throughput import kernel_flops, softmax_flops, weight_flops
 from flexdistill.packing import pack, train_order
 from flexdistill.recipe import AttentionTransferRecipe, DataRecipe, KernelRecipe, LogitDistillationRecipe
 from flexdistill.sources import load_model, load_tokenizer, resolve_model

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.data import read_documents
 from flexdistill.devices import forget_peak_memory, make_accelerator, peak_memory_bytes
-from flexdistill.distill.loop import run_stage
+from flexdistill.distillation.loop import run_stage
 from flexdistill.packing import pack
 from flexdistill.pipeline import STAGE_CLASSES
 from flexdistill.recipe import AttentionTransferRecipe, DataRecipe, KernelRecipe, LogitDistillationRecipe

@@ -13,7 +13,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import ModelOutput
 
 from .attention_modes import AttentionCall, record_calls
-from .distill.attention_transfer import softmax_weights
+from .distillation.attention_transfer import softmax_weights
 from .errors import FlexdistillError, first_sentence
 from .example_inputs import example_inputs, float_tensors
 from .runtime.masks import LazyMask

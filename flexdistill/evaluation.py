@@ -21,10 +21,10 @@ from .attention_modes import (
 from .conversion import check_sequence_length
 from .data import read_documents
 from .devices import make_accelerator
-from .distill.attention_transfer import softmax_weights
-from .distill.heads import SplitModel
-from .distill.logits import next_tokens, positions_per_piece
-from .distill.stage import feature_maps
+from .distillation.attention_transfer import softmax_weights
+from .distillation.heads import SplitModel
+from .distillation.logits import next_tokens, positions_per_piece
+from .distillation.stage import feature_maps
 from .errors import FlexdistillError, explained
 from .loading import checked_settings, load_weights
 from .losses import attention_cross_entropy, attention_entropy, kl_divergence, label_loss, top1_agreement

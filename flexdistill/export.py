@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from .conversion import max_positions
 from .data import dataset_name
-from .distill.stage import feature_maps
+from .distillation.stage import feature_maps
 from .errors import FlexdistillError
 from .progress import progress_bars_on_terminals_only
 from .recipe import Recipe

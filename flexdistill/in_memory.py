@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import make_plan, resolve_kernel
 from .devices import make_accelerator
-from .distill.heads import SplitModel
+from .distillation.heads import SplitModel
 from .evaluation import compare_models
 from .inputs import check_devices, check_lengths, check_trainable, load_sequences
 from .pipeline import make_student, plan_facts, run_facts, run_stages

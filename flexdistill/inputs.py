@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import Plan, check_sequence_length
 from .data import read_documents
-from .distill.embeddings import has_tied_embeddings
-from .distill.heads import SplitModel
-from .distill.labels import LabelTraining
-from .distill.memory import repeated_layers
-from .distill.model_stage import check_labels
-from .distill.placement import make_placement
+from .distillation.embeddings import has_tied_embeddings
+from .distillation.heads import SplitModel
+from .distillation.labels import LabelTraining
+from .distillation.memory import repeated_layers
+from .distillation.model_stage import check_labels
+from .distillation.placement import make_placement
 from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
 from .packing import cut, pack, separator_of, split_held_out

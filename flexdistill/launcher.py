@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-from .distill.interruption import SIGNALS
+from .distillation.interruption import SIGNALS
 from .errors import FlexdistillError, LostProcessError
 from .progress import is_main_process
 

@@ -20,17 +20,17 @@ from transformers import PreTrainedModel
 
 from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_softmax
 from .devices import make_accelerator, peak_memory_bytes
-from .distill.attention_transfer import AttentionTransfer
-from .distill.averaging import use_final_weights
-from .distill.checkpoints import Checkpoint, Checkpoints
-from .distill.embeddings import retie, untie
-from .distill.labels import LabelTraining
-from .distill.layer_selection import choose_layers
-from .distill.logits import LogitDistillation
-from .distill.loop import run_stage
-from .distill.measurement import measure_kernels
-from .distill.placement import make_placement
-from .distill.stage import kernel_parameters
+from .distillation.attention_transfer import AttentionTransfer
+from .distillation.averaging import use_final_weights
+from .distillation.checkpoints import Checkpoint, Checkpoints
+from .distillation.embeddings import retie, untie
+from .distillation.labels import LabelTraining
+from .distillation.layer_selection import choose_layers
+from .distillation.logits import LogitDistillation
+from .distillation.loop import run_stage
+from .distillation.measurement import measure_kernels
+from .distillation.placement import make_placement
+from .distillation.stage import kernel_parameters
 from .evaluation import compare_models
 from .export import export
 from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source

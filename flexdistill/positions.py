@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 from .conversion import check_sequence_length
 from .data import read_documents
 from .devices import make_accelerator
-from .distill.heads import SplitModel
-from .distill.logits import positions_per_piece
+from .distillation.heads import SplitModel
+from .distillation.logits import positions_per_piece
 from .evaluation import check_same_model, load_converted
 from .losses import label_rows
 from .packing import pack

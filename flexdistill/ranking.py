@@ -9,7 +9,7 @@ from accelerate.utils import set_seed
 
 from .conversion import make_plan
 from .devices import make_accelerator
-from .distill.layer_selection import choose_layers, kl_with_softmax_in
+from .distillation.layer_selection import choose_layers, kl_with_softmax_in
 from .inputs import check_devices, check_lengths, load_sequences, load_source
 from .pipeline import make_student, run_stages
 from .recipe import Recipe

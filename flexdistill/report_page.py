@@ -16,8 +16,8 @@ from .attention_modes import AttentionCall, record_attention
 from .conversion import check_sequence_length
 from .data import read_documents
 from .devices import make_accelerator
-from .distill.attention_transfer import softmax_weights
-from .distill.stage import feature_maps
+from .distillation.attention_transfer import softmax_weights
+from .distillation.stage import feature_maps
 from .errors import FlexdistillError, disk_errors, first_sentence
 from .evaluation import check_same_model, load_converted
 from .packing import pack

@@ -13,8 +13,8 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from filelock import FileLock, Timeout
 
-from .distill.checkpoints import Checkpoint, Checkpoints
-from .distill.interruption import Interruption
+from .distillation.checkpoints import Checkpoint, Checkpoints
+from .distillation.interruption import Interruption
 from .errors import FlexdistillError, disk_errors
 from .recipe import Recipe
 from .recipe_sections import flat

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .distill.heads import SplitModel
-from .distill.logits import positions_per_piece
+from .distillation.heads import SplitModel
+from .distillation.logits import positions_per_piece
 from .errors import FlexdistillError
 from .runtime.configuration_flexformer import FlexformerConfigMixin
 

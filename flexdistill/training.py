@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 from .devices import make_accelerator
-from .distill.model_stage import check_labels
+from .distillation.model_stage import check_labels
 from .errors import FlexdistillError
 from .evaluation import load_converted, perplexity
 from .export import export, trained_model_card

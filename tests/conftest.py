@@ -17,11 +17,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from flexdistill.cli import main
-from flexdistill.distill import loop
+from flexdistill.distillation import loop
 from flexdistill.pipeline import convert
 from tests import tiny
 from tests.conversions import Interrupted
-from tests.distill.stages import teacher
+from tests.distillation.stages import teacher
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from safetensors.torch import load_file
 
 from flexdistill.recipe import Recipe
-from tests.distill.stages import assert_equal
+from tests.distillation.stages import assert_equal
 
 SHORT = {
     "data.sequence_length": 32,

@@ -14,7 +14,7 @@ import datasets  # noqa: F401 - so that the forked need not
 
 import flexdistill.pipeline  # noqa: F401
 from flexdistill.cli import main
-from flexdistill.distill import interruption, loop
+from flexdistill.distillation import interruption, loop
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexdistill.evaluation import load_converted
-from tests.distill.stages import student, teacher
+from tests.distillation.stages import student, teacher
 from tests.tiny import save_tiny
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

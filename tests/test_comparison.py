@@ -8,7 +8,7 @@ import torch
 from flexdistill import comparison as comparison_module
 from flexdistill import pipeline
 from flexdistill.comparison import compare, make_entries, parse_variants
-from flexdistill.distill.logits import LogitDistillation
+from flexdistill.distillation.logits import LogitDistillation
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.pipeline import convert
 from flexdistill.plots import plot_comparison

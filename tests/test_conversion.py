@@ -21,7 +21,7 @@ from transformers import (
 from flexdistill import conversion
 from flexdistill.attention_modes import AttentionCall, attention_function
 from flexdistill.conversion import apply_plan, check_sequence_length, make_plan, resolve_kernel, select_layers
-from flexdistill.distill.heads import SplitModel
+from flexdistill.distillation.heads import SplitModel
 from flexdistill.errors import FlexdistillError
 from flexdistill.recipe import KernelRecipe
 from flexdistill.runtime.cache import cache_num_bytes

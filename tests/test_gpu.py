@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexdistill.conversion import apply_plan, make_plan
-from flexdistill.distill.placement import Placement
+from flexdistill.distillation.placement import Placement
 from flexdistill.doctor import examine
 from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import flexdistill
 from flexdistill.errors import FlexdistillError
 from tests import tiny
-from tests.distill.stages import teacher
+from tests.distillation.stages import teacher
 from tests.hub_server import Hub
 
 TOKEN = "hf_aSecretThatNobodyMayRead"

@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"recipe", "recipe_sections", "runtime", "progress", "losses", "storage"},
     {"attention_modes", "data", "devices", "example_inputs", "loading", "packing", "sources", "tables"},
-    {"attention_search", "conversion", "distill", "mixture", "self_test", "token_cache", "tracking"},
+    {"attention_search", "conversion", "distillation", "mixture", "self_test", "token_cache", "tracking"},
     {"evaluation", "export", "harness", "hub", "inputs", "plots", "report_figures", "report_html", "runs", "scoring"},
     {"generation", "initialisation", "pipeline", "positions", "recall"},
     {"comparison", "in_memory", "ranking", "report_page", "training"},
@@ -56,7 +56,7 @@ def imports(file: Path, *, lazy: bool = True) -> list[str]:
 
 
 def part_of(module: str) -> str | None:
-    """`flexdistill.distill.loop` -> `distill`; None outside the package."""
+    """`flexdistill.distillation.loop` -> `distill`; None outside the package."""
     parts = module.split(".")
     return parts[1] if parts[0] == "flexdistill" and len(parts) > 1 and parts[1] != "__version__" else None
 

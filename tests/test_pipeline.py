@@ -17,13 +17,13 @@ import flexdistill.runtime
 from flexdistill import export as export_module
 from flexdistill import inputs, pipeline
 from flexdistill.conversion import make_plan
-from flexdistill.distill.stage import feature_maps, kernel_parameters
+from flexdistill.distillation.stage import feature_maps, kernel_parameters
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.evaluation import evaluate_checkpoint, load_converted
 from flexdistill.pipeline import convert
 from flexdistill.recipe import EvaluationRecipe, KernelRecipe, Recipe
 from tests.conversions import SHORT, Interrupted, assert_same_weights, listing, make_recipe, weights
-from tests.distill.stages import log_entries, teacher
+from tests.distillation.stages import log_entries, teacher
 from tests.forked import together
 from tests.tiny import save_tiny
 

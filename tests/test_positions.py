@@ -5,11 +5,11 @@ import torch
 from accelerate import Accelerator
 
 from flexdistill.conversion import restore_softmax
-from flexdistill.distill.layer_selection import converted_modules
+from flexdistill.distillation.layer_selection import converted_modules
 from flexdistill.errors import FlexdistillError
 from flexdistill.positions import evaluate_by_position, perplexity_by_position, token_losses
 from flexdistill.recipe import EvaluationRecipe
-from tests.distill.stages import sequences, student, teacher
+from tests.distillation.stages import sequences, student, teacher
 from tests.tiny import save_tiny
 
 CPU = Accelerator(cpu=True)

@@ -10,7 +10,7 @@ from flexdistill.errors import FlexdistillError
 from flexdistill.recall import ASSOCIATIVE_RECALL, NEEDLE_IN_TEXT, make_questions, recall
 from flexdistill.recipe import DataRecipe
 from flexdistill.scoring import Score
-from tests.distill.stages import student
+from tests.distillation.stages import student
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from flexdistill import export as export_module
 from flexdistill import pipeline
-from flexdistill.distill import checkpoints as checkpoints_module
-from flexdistill.distill import interruption, loop
-from flexdistill.distill.stage import feature_maps
+from flexdistill.distillation import checkpoints as checkpoints_module
+from flexdistill.distillation import interruption, loop
+from flexdistill.distillation.stage import feature_maps
 from flexdistill.recipe import Recipe
 from flexdistill.runs import locked
-from tests.distill.stages import assert_equal
+from tests.distillation.stages import assert_equal
 from tests.forked import AtStep, Forked, Launched, together
 
 # how often the run of the kill test is killed; a handful unless told otherwise

@@ -6,7 +6,7 @@ from flexdistill.data import SAMPLE, read_documents
 from flexdistill.errors import FlexdistillError
 from flexdistill.recipe import DataRecipe
 from flexdistill.scoring import Continuation, score_continuations, tokenize
-from tests.distill.stages import sequences, student, teacher
+from tests.distillation.stages import sequences, student, teacher
 
 CPU = Accelerator(cpu=True)
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 import flexdistill
-from flexdistill.distill import loop
-from flexdistill.distill.stage import feature_maps
+from flexdistill.distillation import loop
+from flexdistill.distillation.stage import feature_maps
 from flexdistill.errors import FlexdistillError
 from flexdistill.evaluation import load_converted
 from flexdistill.recipe import Recipe

@@ -84,7 +84,7 @@ def test_all_options_resume_as_the_uninterrupted_run(sources, whole_run, tmp_pat
 
 @pytest.fixture(scope="module")
 def tied_source(sources, tmp_path_factory, tiny_tokenizer):
-    from tests.distill.stages import teacher
+    from tests.distillation.stages import teacher
     from tests.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("tied") / "gpt2", teacher("gpt2"), tiny_tokenizer)

@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 
 from flexdistill.conversion import apply_plan, make_plan
-from flexdistill.distill.attention_transfer import AttentionTransfer
-from flexdistill.distill.labels import LabelTraining
-from flexdistill.distill.logits import LogitDistillation
+from flexdistill.distillation.attention_transfer import AttentionTransfer
+from flexdistill.distillation.labels import LabelTraining
+from flexdistill.distillation.logits import LogitDistillation
 from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, LabelTrainingRecipe, LogitDistillationRecipe
 from tests.tiny import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama
 
@@ -72,7 +72,7 @@ def make_stage(name: str, **settings):
 
 def train(stage, steps: int | None = None, **options):
     """Runs a stage over tokens in a fixed order; returns the summary."""
-    from flexdistill.distill.loop import run_stage
+    from flexdistill.distillation.loop import run_stage
 
     recipe = stage.recipe if steps is None else stage.recipe.model_copy(update={"steps": steps})
     stage.recipe = recipe

@@ -7,10 +7,10 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
-from flexdistill.distill import logits
-from flexdistill.distill.averaging import use_final_weights
-from flexdistill.distill.checkpoints import Checkpoints
-from tests.distill.stages import (
+from flexdistill.distillation import logits
+from flexdistill.distillation.averaging import use_final_weights
+from flexdistill.distillation.checkpoints import Checkpoints
+from tests.distillation.stages import (
     attention_transfer,
     label_training,
     logit_distillation,

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexdistill.distill import checkpoints as checkpoints_module
-from flexdistill.distill.checkpoints import Checkpoints
-from flexdistill.distill.loop import learning_rate_factor
-from flexdistill.distill.stage import feature_maps
+from flexdistill.distillation import checkpoints as checkpoints_module
+from flexdistill.distillation.checkpoints import Checkpoints
+from flexdistill.distillation.loop import learning_rate_factor
+from flexdistill.distillation.stage import feature_maps
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
-from tests.distill.stages import (
+from tests.distillation.stages import (
     STAGES,
     assert_equal,
     log_entries,

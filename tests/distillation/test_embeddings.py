@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from flexdistill.distill.embeddings import has_tied_embeddings, retie, untie
-from tests.distill.stages import logit_distillation, sequences, student, teacher, train
+from flexdistill.distillation.embeddings import has_tied_embeddings, retie, untie
+from tests.distillation.stages import logit_distillation, sequences, student, teacher, train
 
 AUTO = {"gpt2": AutoModelForCausalLM, "bert": AutoModelForMaskedLM}
 tied_models = pytest.mark.parametrize("name", AUTO)

@@ -5,9 +5,9 @@ from transformers import AutoModelForCausalLM
 
 from flexdistill.attention_modes import attention_function, softmax_mode
 from flexdistill.conversion import restore_softmax
-from flexdistill.distill.layer_selection import choose_layers, converted_modules, kl_with_softmax_in
+from flexdistill.distillation.layer_selection import choose_layers, converted_modules, kl_with_softmax_in
 from flexdistill.runtime.interface import NAME
-from tests.distill.stages import MAKERS, assert_equal, parameters, sequences, student
+from tests.distillation.stages import MAKERS, assert_equal, parameters, sequences, student
 
 every_model = pytest.mark.parametrize("name", MAKERS)
 
@@ -64,9 +64,10 @@ def test_a_layer_gains_less_after_one_that_does_the_same(monkeypatch):
         left = lambda choice: 1.0 - 0.5 * bool({"a", "copy"} & set(choice)) - 0.2 * ("lesser" in choice)  # noqa: E731
         return [left(choice) for choice in choices]
 
-    monkeypatch.setattr("flexdistill.distill.layer_selection.kl_with_softmax_in", kl)
+    monkeypatch.setattr("flexdistill.distillation.layer_selection.kl_with_softmax_in", kl)
     monkeypatch.setattr(
-        "flexdistill.distill.layer_selection.converted_modules", lambda model: dict.fromkeys(["a", "copy", "lesser"])
+        "flexdistill.distillation.layer_selection.converted_modules",
+        lambda model: dict.fromkeys(["a", "copy", "lesser"]),
     )
     chosen = choose_layers(model, 2, sequences(), 3, Accelerator(cpu=True))
     assert chosen == {"a": pytest.approx(0.5), "lesser": pytest.approx(0.2)}

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from flexdistill.distill.averaging import use_final_weights
-from flexdistill.distill.checkpoints import Checkpoints
-from tests.distill.stages import (
+from flexdistill.distillation.averaging import use_final_weights
+from flexdistill.distillation.checkpoints import Checkpoints
+from tests.distillation.stages import (
     assert_equal,
     make_stage,
     parameters,

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from flexdistill.distill.optimizers import norm_parameters
-from flexdistill.distill.stage import kernel_parameters
-from tests.distill.stages import (
+from flexdistill.distillation.optimizers import norm_parameters
+from flexdistill.distillation.stage import kernel_parameters
+from tests.distillation.stages import (
     MAKERS,
     attention_transfer,
     label_training,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from flexdistill.distill import checkpoints as checkpoints_module
-from flexdistill.distill.checkpoints import Checkpoints
-from flexdistill.distill.random_state import random_state, set_random_state
+from flexdistill.distillation import checkpoints as checkpoints_module
+from flexdistill.distillation.checkpoints import Checkpoints
+from flexdistill.distillation.random_state import random_state, set_random_state
 from flexdistill.errors import FlexdistillError, NonFiniteLossError
-from tests.distill.stages import assert_equal, make_stage, parameters, train
+from tests.distillation.stages import assert_equal, make_stage, parameters, train
 
 FILES = ("counters.json", "random.json", "parameters.safetensors", "optimizer.safetensors", "states.safetensors")
 

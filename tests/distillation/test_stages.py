@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from flexdistill.attention_modes import softmax_mode
-from flexdistill.distill import attention_transfer as attention_transfer_module
-from flexdistill.distill import logits as logits_module
-from flexdistill.distill.heads import SplitModel, backward_in_pieces
-from flexdistill.distill.logits import adapters_disabled, next_tokens
-from flexdistill.distill.stage import feature_maps, kernel_parameters
+from flexdistill.distillation import attention_transfer as attention_transfer_module
+from flexdistill.distillation import logits as logits_module
+from flexdistill.distillation.heads import SplitModel, backward_in_pieces
+from flexdistill.distillation.logits import adapters_disabled, next_tokens
+from flexdistill.distillation.stage import feature_maps, kernel_parameters
 from flexdistill.errors import FlexdistillError
 from flexdistill.losses import attention_cross_entropy, negative_mass, relative_output_error
 from flexdistill.runtime.attention import attention_weights
 from flexdistill.runtime.registry import feature_map_class
-from tests.distill.stages import (
+from tests.distillation.stages import (
     MAKERS,
     assert_equal,
     attention_transfer,

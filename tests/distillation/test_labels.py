@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.distill.stages import label_training, sequences, student, train
+from tests.distillation.stages import label_training, sequences, student, train
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from flexdistill.attention_modes import run_base_model, softmax_mode
-from flexdistill.distill.placement import Placement, document_positions, make_placement, scattered_starts
+from flexdistill.distillation.placement import Placement, document_positions, make_placement, scattered_starts
 from flexdistill.errors import FlexdistillError
 from flexdistill.recipe import DataRecipe
-from tests.distill.stages import attention_transfer, logit_distillation, sequences, student, teacher
+from tests.distillation.stages import attention_transfer, logit_distillation, sequences, student, teacher
 
 SEPARATOR = 0
 ENDS = [[7, 24], [2, 5, 20, 24]]

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator
-from flexdistill.distill.stage import backward_counting_guards
+from flexdistill.distillation.stage import backward_counting_guards
 from flexdistill.pipeline import STAGE_CLASSES
 from flexdistill.recipe import STAGES, Recipe
 

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flexdistill.distill import throughput
-from flexdistill.distill.throughput import Throughput, kernel_flops, peak_flops, softmax_flops, weight_flops
-from tests.distill.stages import attention_transfer, label_training, logit_distillation, student
+from flexdistill.distillation import throughput
+from flexdistill.distillation.throughput import Throughput, kernel_flops, peak_flops, softmax_flops, weight_flops
+from tests.distillation.stages import attention_transfer, label_training, logit_distillation, student
 
 LENGTH = 24
 

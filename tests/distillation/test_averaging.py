@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from flexdistill.distill.averaging import averaged, use_final_weights
-from flexdistill.distill.checkpoints import Checkpoints
-from tests.distill.stages import (
+from flexdistill.distillation.averaging import averaged, use_final_weights
+from flexdistill.distillation.checkpoints import Checkpoints
+from tests.distillation.stages import (
     assert_equal,
     make_stage,
     parameters,

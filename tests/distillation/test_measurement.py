@@ -3,9 +3,9 @@ import torch
 from accelerate import Accelerator
 
 from flexdistill.attention_modes import AttentionCall, record_attention
-from flexdistill.distill.measurement import measure_kernels
-from flexdistill.distill.stage import feature_maps
-from tests.distill.stages import MAKERS, sequences, student
+from flexdistill.distillation.measurement import measure_kernels
+from flexdistill.distillation.stage import feature_maps
+from tests.distillation.stages import MAKERS, sequences, student
 
 
 def statistics(model):

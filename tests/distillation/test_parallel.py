@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from flexdistill.attention_modes import run_base_model
 from flexdistill.devices import make_accelerator
-from flexdistill.distill.averaging import use_final_weights
-from flexdistill.distill.memory import gradient_checkpointing, round_linear_weights
-from flexdistill.distill.micro_batches import MicroBatches
+from flexdistill.distillation.averaging import use_final_weights
+from flexdistill.distillation.memory import gradient_checkpointing, round_linear_weights
+from flexdistill.distillation.micro_batches import MicroBatches
 from flexdistill.errors import FlexdistillError
-from tests.distill import two_processes
-from tests.distill.stages import (
+from tests.distillation import two_processes
+from tests.distillation.stages import (
     assert_equal,
     logit_distillation,
     make_stage,
@@ -139,7 +139,7 @@ def test_max_memory_below_one_sequence_is_explained():
 
 
 def test_a_trial_leaves_no_gradients_and_counts_the_optimizer(monkeypatch):
-    from flexdistill.distill import micro_batches as module
+    from flexdistill.distillation import micro_batches as module
 
     stage = make_stage("full")
     discarded = []
@@ -248,7 +248,7 @@ def test_one_wait_for_the_device_per_step(monkeypatch):
 
         def counted(self, *args, original=original, read=read):
             caller = sys._getframe(1).f_code.co_filename
-            if re.search(r"flexdistill/(distill|losses)", caller):
+            if re.search(r"flexdistill/(distillation|losses)", caller):
                 reads.append((read, caller))
             return original(self, *args)
 

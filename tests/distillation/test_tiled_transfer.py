@@ -8,15 +8,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdistill.attention_modes import AttentionCall
-from flexdistill.distill import attention_transfer as attention_transfer_module
-from flexdistill.distill import tiled_transfer, transfer_operators
-from flexdistill.distill.attention_transfer import attention_rows, is_tiled, quadratic_rows
-from flexdistill.distill.tiled_transfer import tiled_rows, transfer_loss
+from flexdistill.distillation import attention_transfer as attention_transfer_module
+from flexdistill.distillation import tiled_transfer, transfer_operators
+from flexdistill.distillation.attention_transfer import attention_rows, is_tiled, quadratic_rows
+from flexdistill.distillation.tiled_transfer import tiled_rows, transfer_loss
 from flexdistill.losses import AttentionRows, over_queries, relative_output_error
 from flexdistill.runtime.backend import VARIABLE
 from flexdistill.runtime.feature_maps import SIGNED_GUARD, Features
 from flexdistill.runtime.linear_attention import quadratic_scores
-from tests.distill.stages import attention_transfer, sequences, student
+from tests.distillation.stages import attention_transfer, sequences, student
 from tests.runtime.kernels import (
     HEAD_DIM,
     HEADS,
