@@ -78,7 +78,7 @@ class KernelRecipe(Section):
         return f"softmax window of {self.window} tokens" + (f" and {self.sinks} sinks" if self.sinks else "")
 
     @model_validator(mode="after")
-    def _sinks_beside_a_window(self):
+    def _sinks_beside_a_window(self) -> KernelRecipe:
         if self.sinks and not self.window:
             raise ValueError("sinks are tokens beside a softmax window; set a window or remove sinks")
         return self
