@@ -146,6 +146,8 @@ def convert(
         hub.check_owner(push_to_hub)  # before hours of training
     metrics = run(resolved, output, overwrite=overwrite, resume=resume)
     show_metrics(metrics, model, as_json)
+    if is_main_process() and not as_json:
+        print(f"\nWritten to {output}")
     if pushes:
         print(f"Pushed to {hub.push(output, push_to_hub, private=private)}", file=sys.stderr)
 

@@ -66,7 +66,7 @@ Component = Annotated[str | None, kernel_option(help="Component function; `flexd
 Matrix = Annotated[str | None, kernel_option(help="Frequencies of spectraformer, such as orf.")]
 Features = Annotated[int | None, kernel_option(help="Frequencies n per head; a map has 2 n features.")]
 Window = Annotated[int | None, kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
-Sinks = Annotated[int | None, kernel_option(help="First tokens that keep it beside a window.")]
+Sinks = Annotated[int | None, kernel_option(help="First tokens that keep it too, beside --window.")]
 Decay = Annotated[bool | None, kernel_option("--decay/--no-decay", help="Features forget at learned rates, or never.")]
 Tied = Annotated[bool | None, kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
 KeyHeads = Annotated[str | None, kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
@@ -87,7 +87,7 @@ Parallel = Annotated[str | None, training_option(metavar="ddp|fsdp", help="Whole
 GradientCheckpointing = Annotated[
     bool | None, training_option("--gradient-checkpointing", help="Run layers twice, and keep their inputs only.")
 ]
-Compile = Annotated[bool | None, training_option("--compile", help="Compile the model's layers with Inductor.")]
+Compile = Annotated[bool | None, training_option("--compile", help="Compile the model's layers, on a GPU.")]
 MaxMemory = Annotated[str | None, training_option(metavar="20GiB", help="Picks --micro-batch-size by a GPU's memory.")]
 NumProcesses = Annotated[int | None, training_option(metavar="N", help="Processes to launch, one per GPU.")]
 Trackers = Annotated[str | None, training_option(metavar="NAMES", help="tensorboard, trackio, wandb, beside the logs.")]

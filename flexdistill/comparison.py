@@ -27,13 +27,13 @@ from .pipeline import make_student, plan_facts, run_facts, run_stages
 from .plots import has_matplotlib, plot_comparison
 from .recipe import STAGES, KernelRecipe, Recipe
 from .recipe_sections import parse_yaml
-from .runs import INDECISIVE, check_output
+from .runs import COMPARISON, INDECISIVE, check_output
 from .storage import write_json
 from .tables import comparison_table, markdown_table
 
 Variant = str | dict[str, Any]
 
-RESULTS, TABLE = "compare.json", "compare.md"
+RESULTS, TABLE = COMPARISON, "compare.md"
 # what all entries of a comparison share, whatever a variant says
 _SHARED = {
     f"{stage}.{name}" for stage in STAGES for name in ("steps", "batch_size", "sequence_length", "validation_every")

@@ -191,7 +191,8 @@ def teacher_of(directory: str | Path) -> str:
             raise TypeError(teacher)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise FlexdistillError(
-            f"{directory} does not say which model it was made from; name that with --teacher."
+            f"{directory} does not say which model it was made from, as folders of `flexdistill convert` do; name the "
+            "model with --teacher."
         ) from error
     return teacher
 

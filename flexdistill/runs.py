@@ -18,11 +18,14 @@ from .distillation.interruption import Interruption
 from .errors import FlexdistillError, disk_errors
 from .recipe import Recipe
 from .recipe_sections import flat
+from .runtime.configuration_flexformer import MODEL_TYPE
 from .storage import write_json, write_whole
 
 # written last, so that a run that has it has all that --resume needs
 RECIPE = "recipe.yaml"
 _INPUTS, _LOCK = "inputs.json", "lock"
+# the file of a comparison's figures
+COMPARISON = "compare.json"
 # the processes of one run look at its lock at the same moment, each for an instant; a run holds it until its end
 _PROBE_S = 1.0
 # settings that the result does not depend on
@@ -153,8 +156,14 @@ def check_output(output: Path, *, overwrite: bool, resume: bool, inputs: tuple[s
     work = working_folder(output)
     if _is_locked(work):
         raise _being_written(work)
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise FlexdistillError(f"Output {output} is not empty; choose another --output, or pass --overwrite.")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise FlexdistillError(f"Output {output} is not empty; choose another --output, or pass --overwrite.")
+        if not _is_result(output):
+            raise FlexdistillError(
+                f"Output {output} holds something else than a result of flexdistill, which --overwrite would delete; "
+                "choose another --output, or empty it yourself."
+            )
     if work.exists() and not (overwrite or resume) and not _has_just_begun(work):
         raise FlexdistillError(
             f"{work} holds a run that is unfinished; pass --resume to go on with it, or --overwrite to start again."
@@ -197,6 +206,13 @@ def put_back(replaced: Path, output: Path) -> None:
     """Undoes what a run left that was stopped while it put its result in the place of an earlier one."""
     if replaced.exists() and not output.exists():
         os.replace(replaced, output)
+
+
+def _is_result(output: Path) -> bool:
+    """Whether a folder is one that --overwrite may replace: a model's or a comparison's."""
+    config = output / "config.json"
+    is_model = config.is_file() and f'"{MODEL_TYPE}"' in config.read_text(encoding="utf-8", errors="replace")
+    return is_model or (output / COMPARISON).is_file()
 
 
 def _has_just_begun(work: Path) -> bool:

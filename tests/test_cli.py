@@ -198,7 +198,7 @@ def test_results_as_table_and_json(run, converted):
         ("compare gpt2 --variants nonsense", "Unknown variant 'nonsense'"),
         ("compare gpt2 --variants hedgehog --budget 5", "less than a step of each stage"),
         ("compare ./missing --variants hedgehog", "'./missing' does not exist"),
-        ("evaluate gpt2 --data sample", "name that with --teacher"),
+        ("evaluate gpt2 --data sample", "name the model with --teacher"),
         ("evaluate gpt2 --teacher gpt2 --tasks piqa --task-data piqa", "write NAME=VALUE"),
         ("inspect ./missing", "'./missing' does not exist"),
         ("generate ./missing x", "'./missing' does not exist"),

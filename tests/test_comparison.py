@@ -226,10 +226,10 @@ BAD_INPUT = {
 @pytest.mark.parametrize("variants", BAD_INPUT)
 def test_bad_input_changes_nothing(sources, tmp_path, variants):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "compare.json").write_text("mine")
     with pytest.raises(FlexdistillError, match=re.escape(BAD_INPUT[variants])):
         compare(make_recipe(sources), parse_variants(variants), tmp_path / "out", overwrite=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes.txt"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "compare.json"]
 
 
 def test_students_that_are_evaluated_are_whole(sources, tmp_path):

@@ -401,6 +401,7 @@ BAD_INPUT = {
 
 def existing_output(folder):
     (folder / "nested").mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "flexformer"}')
     (folder / "model.safetensors").write_bytes(b"precious")
     (folder / "nested" / "notes.txt").write_text("mine")
     return listing(folder.parent)
@@ -627,6 +628,17 @@ def test_documents_are_kept_apart(sources, tmp_path):
     with pytest.raises(FlexdistillError, match="BertForMaskedLM lets documents .* see each other"):
         convert(make_recipe(sources, "bert", **settings), tmp_path / "bert")
     assert not (tmp_path / "bert.partial").exists()
+
+
+def test_overwrite_replaces_results_only(sources, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    (precious / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(FlexdistillError, match="precious holds something else than a result of flexdistill"):
+        convert(make_recipe(sources), precious, overwrite=True)
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert not precious.with_name("precious.partial").exists()
 
 
 def test_positions_are_spread(sources, tmp_path):

@@ -401,6 +401,7 @@ def test_killed_between_the_old_result_and_the_new(run, folder, whole, monkeypat
 
     replace = os.replace
     (folder / "out").mkdir()
+    (folder / "out" / "config.json").write_text('{"model_type": "flexformer"}')
     (folder / "out" / "old.txt").write_text("old")
     monkeypatch.setattr(export_module.os, "replace", die)
     with pytest.raises(Killed):
@@ -409,10 +410,12 @@ def test_killed_between_the_old_result_and_the_new(run, folder, whole, monkeypat
     assert not (folder / "out").exists()
     seen, run_stages = [], pipeline.run_stages
     monkeypatch.setattr(
-        pipeline, "run_stages", lambda *args, **more: seen.append(os.listdir("out")) or run_stages(*args, **more)
+        pipeline,
+        "run_stages",
+        lambda *args, **more: seen.append(sorted(os.listdir("out"))) or run_stages(*args, **more),
     )
     assert_resumes(run, folder, whole)
-    assert seen == [["old.txt"]] and not (folder / "out" / "old.txt").exists()
+    assert seen == [["config.json", "old.txt"]] and not (folder / "out" / "old.txt").exists()
 
 
 @pytest.fixture(scope="module")
