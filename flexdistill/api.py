@@ -241,8 +241,8 @@ def train(
     return run_training(_with_settings(recipe, model, settings), output, overwrite=overwrite, resume=resume)
 
 
-def plan(model: str, *, recipe: Recipe | str | Path = "default", **settings: Any) -> Plan:
-    """What would become of each attention module of a model; arguments as in `convert`.
+def plan(model: str | PreTrainedModel, *, recipe: Recipe | str | Path = "default", **settings: Any) -> Plan:
+    """What would become of each attention module of a model, named as in `convert` or loaded already.
 
     Returns:
         the plan: `modules`, with the reason for each that stays softmax; `parameters` added; `state_bytes` per sequence
@@ -251,6 +251,8 @@ def plan(model: str, *, recipe: Recipe | str | Path = "default", **settings: Any
     Raises:
         FlexdistillError: if the model cannot be read, or nothing in it can be converted.
     """
+    if isinstance(model, PreTrainedModel):
+        return make_plan(model, _with_settings(recipe, None, settings).kernel)
     resolved = _with_settings(recipe, model, settings)
     loaded = load_model(resolve_model(model), trust_remote_code=resolved.trust_remote_code)
     return make_plan(loaded, resolved.kernel)

@@ -61,6 +61,11 @@ def test_distill_in_memory_is_a_conversion(folder, tmp_path):
         flexdistill.distill(model, tokenizer, **SHORT, kernel__window=16)
 
 
+def test_plans_of_loaded_models_are_those_of_their_folders(folder):
+    loaded = flexdistill.plan(AutoModelForCausalLM.from_pretrained(folder), kernel__window=4)
+    assert loaded.to_dict() == flexdistill.plan(str(folder), kernel__window=4).to_dict()
+
+
 def test_report_refuses_what_it_would_ignore(folder):
     with pytest.raises(flexdistill.FlexdistillError, match="heads is for data"):
         flexdistill.report(folder, heads=[0])
