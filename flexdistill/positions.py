@@ -50,13 +50,19 @@ def token_losses(
 
 
 def perplexity_by_position(
-    model: PreTrainedModel, sequences: torch.Tensor, accelerator: Accelerator, batch_size: int = 1, chunk: int = 2048
+    model: PreTrainedModel,
+    sequences: torch.Tensor,
+    accelerator: Accelerator,
+    batch_size: int = 1,
+    chunk: int = 2048,
+    first: int = FIRST_BUCKET,
 ) -> list[dict]:
     """Perplexity of tokens with 1 to 511 tokens before them, 512 to 1023, and so on in doubling spans.
 
     Args:
         sequences: token ids (N, T); the last span ends at T.
         batch_size: sequences read side by side; chunk: as in `token_losses`.
+        first: tokens before which the first span ends; 1: it begins there.
 
     Returns:
         a dict per span: `from` and `to` (exclusive) in tokens before, `perplexity`, and the mean loss of each sequence
@@ -65,7 +71,7 @@ def perplexity_by_position(
     batches = sequences.split(batch_size)
     losses = torch.cat([token_losses(model, batch, accelerator, chunk) for batch in batches]).double()
     spans = []
-    for start, stop in _spans(sequences.shape[1]):
+    for start, stop in _spans(sequences.shape[1], first):
         means = losses[:, max(start, 1) - 1 : stop - 1].mean(1)
         spans.append({"from": start, "to": stop, "perplexity": float(means.mean().exp()), "losses": means.tolist()})
     return spans
@@ -90,9 +96,9 @@ def evaluate_by_position(
     }
 
 
-def _spans(length: int) -> list[tuple[int, int]]:
-    edges = [0]
-    edge = FIRST_BUCKET
+def _spans(length: int, first: int) -> list[tuple[int, int]]:
+    edges = [0] if first > 1 else []  # nothing is predicted of the first token
+    edge = first
     while edge < length:
         edges.append(edge)
         edge *= 2

@@ -22,7 +22,7 @@ from .errors import FlexdistillError, disk_errors, first_sentence
 from .evaluation import check_same_model, load_converted
 from .packing import pack
 from .plots import has_matplotlib, layer_number
-from .positions import token_losses
+from .positions import perplexity_by_position
 from .recipe import EvaluationRecipe, KernelRecipe
 from .report_figures import bars, histogram, lines, maps
 from .report_html import figure_grid, page, section, table
@@ -275,14 +275,9 @@ def _calls(model: PreTrainedModel, function, tokens: torch.Tensor) -> dict[str, 
 def _positions(models: dict[str, PreTrainedModel], sequences, accelerator, recipe: EvaluationRecipe) -> str:
     """Perplexity in spans of tokens that double in length."""
     series = {}
-    length = sequences.shape[1]
-    edges = [1 << power for power in range((length - 1).bit_length())]
-    spans = list(zip(edges, [*edges[1:], length], strict=True))
     for name, model in models.items():
-        batches = sequences.split(recipe.batch_size)
-        losses = torch.cat([token_losses(model, batch, accelerator) for batch in batches]).double()
-        y = [float(losses[:, start - 1 : stop - 1].mean().exp()) for start, stop in spans]
-        series[name] = (edges, y)
+        spans = perplexity_by_position(model, sequences, accelerator, recipe.batch_size, first=1)
+        series[name] = ([span["from"] for span in spans], [span["perplexity"] for span in spans])
     figure = lines(series, x_label="tokens before, from", y_label="perplexity", x_base=2)
     caption = (
         f"Perplexity of tokens by how many stand before them, in spans that double, over {sequences.numel():,} tokens."

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexdistill import report_figures, report_page
+from flexdistill import positions, report_figures, report_page
 from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert
 from flexdistill.recipe import EvaluationRecipe, Recipe
@@ -173,7 +173,7 @@ def test_perplexity_spans_cover_every_token_once(converted, tmp_path, monkeypatc
 
     losses = torch.arange(39.0).repeat(2, 1) / 10
     monkeypatch.setattr(report_page, "lines", lines)
-    monkeypatch.setattr(report_page, "token_losses", lambda model, batch, accelerator: losses[: len(batch)])
+    monkeypatch.setattr(positions, "token_losses", lambda model, batch, *settings: losses[: len(batch)])
     write_report(converted / "out", tmp_path / "page.html", text=text_of(converted))
     starts, values = drawn["perplexity"]["teacher"]
     assert starts == [1, 2, 4, 8, 16, 32]
