@@ -115,16 +115,12 @@ def transfer_loss(
 
 def _relative_to_blocks(features: Features, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Features whose products lack only the decay between their tokens' blocks."""
+    block = transfer_operators.DECAY_BLOCK
     position = torch.arange(features.query.shape[2], device=features.query.device)[:, None]
     rates = features.decay[:, None]
     query_rates = rates.repeat_interleave(features.query.shape[1] // len(rates), dim=0)
-    query = (
-        features.query
-        * (query_rates * (transfer_operators.DECAY_BLOCK // 2 - position % transfer_operators.DECAY_BLOCK)).exp()
-    )
-    return query, features.key * (
-        rates * ((position + window) % transfer_operators.DECAY_BLOCK - transfer_operators.DECAY_BLOCK // 2)
-    ).exp()
+    query = features.query * (query_rates * (block // 2 - position % block)).exp()
+    return query, features.key * (rates * ((position + window) % block - block // 2)).exp()
 
 
 def _row_maxima(log_weight: torch.Tensor, causal: bool, window: int) -> torch.Tensor:

@@ -55,18 +55,17 @@ def transfer_op(
     """
     rows, teacher, student, statistics = _outputs(q_features, value)
     kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
-    settings = _settings(q_features, query, value, visible, causal, signed, kept)
-    settings |= dict(QUERIES=kept, KEYS=walked, WINDOWED=window > 0, DECAY=decay is not None, DECAY_BLOCK=DECAY_BLOCK)
+    settings = _settings(q_features, query, value, visible, decay, causal, signed, kept)
+    settings |= dict(QUERIES=kept, KEYS=walked, WINDOWED=window > 0)
     sizes = (*_sizes(q_features, k_features, key, value, window), scaling * _LOG2E)
     features, visible = (q_features, k_features, _pointer(decay, mix), log_weight), _pointer(visible, mix)
-    only = {name: value for name, value in settings.items() if name not in ("BLOCK_V", "VALUE_DTYPE")}
     _kernels().totals_kernel[_grid(q_features, kept)](
         *features, k_norm, row_maximum, mix, query, key, visible, statistics, *sizes,
-        SIGNED_GUARD if signed else POSITIVE_GUARD, CALIBRATED=calibrated, **only,
+        SIGNED_GUARD if signed else POSITIVE_GUARD, CALIBRATED=calibrated, **settings,
     )  # fmt: skip
     _kernels().rows_kernel[_grid(q_features, kept)](
         *features, row_maximum, query, key, value, visible, rows, teacher, student, statistics, *sizes, LEAST_WEIGHT,
-        **_for_three_programs(settings, q_features),
+        **_for_three_programs(settings | _value_settings(value), q_features),
     )  # fmt: skip
     return rows, teacher, student, statistics
 
@@ -107,9 +106,9 @@ def transfer_backward_op(
     )  # fmt: skip
     sizes = (*_sizes(q_features, k_features, key, value, window), scaling * _LOG2E, LEAST_WEIGHT)
     kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
-    settings = _settings(q_features, query, value, visible, causal, signed, kept)
-    settings |= dict(FEATURE_DTYPE=settings["VALUE_DTYPE"], DECAY=decay is not None, DECAY_BLOCK=DECAY_BLOCK)
-    settings = _for_three_programs(settings, q_features)
+    settings = _settings(q_features, query, value, visible, decay, causal, signed, kept)
+    settings = _for_three_programs(settings | _value_settings(value), q_features)
+    settings["FEATURE_DTYPE"] = settings["VALUE_DTYPE"]
     kernels.query_gradient_kernel[_grid(q_features, kept)](
         *tensors, d_q_features, d_far, *sizes, QUERIES=kept, KEYS=walked, WINDOWED=window > 0, **settings
     )
@@ -222,23 +221,29 @@ def _value_dtype(value: torch.Tensor) -> torch.dtype:
     return torch.float32 if value.dtype == torch.float32 else torch.bfloat16
 
 
-def _settings(q_features, query, value, visible, causal, signed, kept) -> dict:
-    import triton.language as tl
-
+def _settings(q_features, query, value, visible, decay, causal, signed, kept) -> dict:
     features = _power(q_features.shape[-1])
     return dict(
         CAUSAL=causal,
         SIGNED=signed,
         MASKED=visible is not None,
+        DECAY=decay is not None,
+        DECAY_BLOCK=DECAY_BLOCK,
         BLOCK_D=_power(query.shape[-1]),
-        BLOCK_V=_power(value.shape[-1]),
         BLOCK_F=features,
-        VALUE_DTYPE=tl.float32 if value.dtype == torch.float32 else tl.bfloat16,
         PRECISION="tf32x3" if is_exact(query, value) else "tf32",
         # two programs of four warps share a processor where they fit, and one's products hide the other's exponentials
         num_warps=4 if kept * features <= 64 * 128 else 8,
         num_stages=2,
     )
+
+
+def _value_settings(value) -> dict:
+    """Further ones of the kernels that read values."""
+    import triton.language as tl
+
+    dtype = tl.float32 if _value_dtype(value) == torch.float32 else tl.bfloat16
+    return dict(BLOCK_V=_power(value.shape[-1]), VALUE_DTYPE=dtype)
 
 
 def _for_three_programs(settings: dict, q_features: torch.Tensor) -> dict:

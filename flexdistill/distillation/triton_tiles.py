@@ -7,6 +7,23 @@ from ..runtime.triton_features import LN2, LOG2E, finite  # noqa: F401
 
 
 @triton.jit
+def queries_of_program(HEADS, STATE_HEADS, KV_HEADS, QUERIES: tl.constexpr):
+    """The first row of a program; its pair of sequence and query head, the sequence, and its state and KV head's pairs.
+
+    Later rows see more keys, so their programs start first.
+    """
+    pair = tl.program_id(1)
+    batch, head = pair // HEADS, pair % HEADS
+    return (
+        (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES,
+        pair,
+        batch,
+        batch * STATE_HEADS + head // (HEADS // STATE_HEADS),
+        batch * KV_HEADS + head // (HEADS // KV_HEADS),
+    )
+
+
+@triton.jit
 def head_of(X, pair, LENGTH, SIZE):
     """The matrix (LENGTH, SIZE) of one head of one sequence."""
     return X + pair.to(tl.int64) * LENGTH * SIZE

@@ -27,6 +27,7 @@ from .triton_tiles import (
     load_features,
     load_tokens,
     products,
+    queries_of_program,
     seen_pairs,
     store_tokens,
 )
@@ -41,12 +42,7 @@ def totals_kernel(
     DECAY: tl.constexpr, DECAY_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each row's sums over all its keys, without which no weight is known."""
-    # later rows see more keys, so their programs start first
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    pair = tl.program_id(1)
-    batch, head = pair // HEADS, pair % HEADS
-    state_pair = batch * STATE_HEADS + head // (HEADS // STATE_HEADS)
-    kv_pair = batch * KV_HEADS + head // (HEADS // KV_HEADS)
+    start, pair, batch, state_pair, kv_pair = queries_of_program(HEADS, STATE_HEADS, KV_HEADS, QUERIES)
     K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
     LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
     K_NORM = head_of(K_NORM, state_pair, LENGTH, 1)
@@ -125,11 +121,7 @@ def rows_kernel(
     DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both outputs and each row's losses, given its sums."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    pair = tl.program_id(1)
-    batch, head = pair // HEADS, pair % HEADS
-    state_pair = batch * STATE_HEADS + head // (HEADS // STATE_HEADS)
-    kv_pair = batch * KV_HEADS + head // (HEADS // KV_HEADS)
+    start, pair, batch, state_pair, kv_pair = queries_of_program(HEADS, STATE_HEADS, KV_HEADS, QUERIES)
     K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
     LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
     K, V = head_of(K, kv_pair, LENGTH, D), head_of(V, kv_pair, LENGTH, DV)
@@ -229,11 +221,7 @@ def query_gradient_kernel(
     DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries' features, and of the logarithm of the far weights' common factor, denominator apart."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
-    pair = tl.program_id(1)
-    batch, head = pair // HEADS, pair % HEADS
-    state_pair = batch * STATE_HEADS + head // (HEADS // STATE_HEADS)
-    kv_pair = batch * KV_HEADS + head // (HEADS // KV_HEADS)
+    start, pair, batch, state_pair, kv_pair = queries_of_program(HEADS, STATE_HEADS, KV_HEADS, QUERIES)
     K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
     LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
     K, V = head_of(K, kv_pair, LENGTH, D), head_of(V, kv_pair, LENGTH, DV)
