@@ -13,11 +13,12 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .runtime.attention import Memory, attend_without_window
+from .runtime.attention import Memory, attend_without_window, attention_weights
 from .runtime.feature_maps import FeatureMap
-from .runtime.interface import NAME, flexformer_attention, softmax_attention, visible_keys
+from .runtime.interface import NAME, ROTATION_ARGUMENT, flexformer_attention, softmax_attention, visible_keys
 from .runtime.masks import LazyMask, flexformer_mask
 from .runtime.near import near_sums
+from .runtime.rotary import Rotation, part_of
 
 _CUSTOM = NAME + "_custom"
 # method of a sharded model that runs its base model, whose weights it gathers before
@@ -34,6 +35,7 @@ class AttentionCall:
     value: torch.Tensor  # (B, K, T, D)
     mask: Any
     arguments: dict[str, Any] = field(default_factory=dict)
+    rotation: Rotation | None = None  # where the kernel sees queries and keys without rotary embedding
 
     @property
     def feature_map(self) -> FeatureMap | None:
@@ -66,11 +68,28 @@ class AttentionCall:
         parts = (self.query, self.key, self.value)
         return [
             [
-                AttentionCall(self.module, *(x[row : row + 1, :, start:end] for x in parts), None, self.arguments)
+                AttentionCall(
+                    self.module,
+                    *(x[row : row + 1, :, start:end] for x in parts),
+                    None,
+                    self.arguments,
+                    part_of(self.rotation, row, slice(start, end)),
+                )
                 for start, end in pairwise(ends)
             ]
             for row, ends in enumerate(boundaries)
         ]
+
+    def kernel_weights(self) -> torch.Tensor:
+        """The kernel's attention, with its window, as a float32 matrix (B, H, T, T)."""
+        return attention_weights(
+            self.feature_map,
+            self.query,
+            self.key,
+            scaling=self.scaling,
+            visible=self.visible(),
+            rotation=self.rotation,
+        )
 
     def softmax(self) -> torch.Tensor:
         """The model's own attention output, (B, T, H, D)."""
@@ -78,7 +97,8 @@ class AttentionCall:
 
     def flexformer(self) -> torch.Tensor:
         """The module's attention output in a converted model, (B, T, H, D): softmax where it was not converted."""
-        return flexformer_attention(self.module, self.query, self.key, self.value, self.mask, **self.arguments)[0]
+        arguments = self.arguments | {ROTATION_ARGUMENT: self.rotation}
+        return flexformer_attention(self.module, self.query, self.key, self.value, self.mask, **arguments)[0]
 
     def window_only(self) -> torch.Tensor:
         """Flexformer attention without its kernel: softmax over the window and the sinks alone, (B, T, H, D)."""
@@ -92,7 +112,13 @@ class AttentionCall:
     def kernel_only(self) -> torch.Tensor:
         """Flexformer attention with its kernel over all keys and no window, (B, T, H, D)."""
         output = attend_without_window(
-            self.feature_map, self.query, self.key, self.value, scaling=self.scaling, visible=self.visible()
+            self.feature_map,
+            self.query,
+            self.key,
+            self.value,
+            scaling=self.scaling,
+            visible=self.visible(),
+            rotation=self.rotation,
         )
         return output.transpose(1, 2).contiguous()
 
@@ -107,7 +133,8 @@ def attention_function(model: PreTrainedModel, function: Callable[[AttentionCall
     """Every attention module of `model` calls `function`, which gives its output (B, T, H, D), inside the context."""
 
     def attend(module, query, key, value, attention_mask=None, **arguments):
-        return function(AttentionCall(module, query, key, value, attention_mask, arguments)), None
+        rotation = arguments.pop(ROTATION_ARGUMENT, None)
+        return function(AttentionCall(module, query, key, value, attention_mask, arguments, rotation)), None
 
     AttentionInterface.register(_CUSTOM, attend)
     AttentionMaskInterface.register(_CUSTOM, flexformer_mask)
@@ -170,10 +197,10 @@ def run_base_model(
 
 
 def record_attention(
-    model: PreTrainedModel, function: Callable[[AttentionCall], torch.Tensor], sequences: torch.Tensor
+    model: PreTrainedModel, function: Callable[[AttentionCall], torch.Tensor], sequences: torch.Tensor, **settings: Any
 ) -> list[AttentionCall]:
     """The attention calls of one forward pass of the base model without gradients, in order."""
-    return record_calls(model, function, lambda: run_base_model(model, sequences))[0]
+    return record_calls(model, function, lambda: run_base_model(model, sequences, **settings))[0]
 
 
 def record_calls(

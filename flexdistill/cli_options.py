@@ -20,6 +20,7 @@ _KERNEL = (
     "window",
     "sinks",
     "decay",
+    "longest_wavelength",
     "tied",
     "key_heads",
     "layers",
@@ -68,6 +69,9 @@ Features = Annotated[int | None, kernel_option(help="Frequencies n per head; a m
 Window = Annotated[int | None, kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
 Sinks = Annotated[int | None, kernel_option(help="First tokens that keep it too, beside --window.")]
 Decay = Annotated[bool | None, kernel_option("--decay/--no-decay", help="Features forget at learned rates, or never.")]
+LongestWavelength = Annotated[
+    int | None, kernel_option(metavar="TOKENS", help="Of the rotary embedding that kernels see; 0: none of it.")
+]
 Tied = Annotated[bool | None, kernel_option("--tied/--untied", help="One map for queries and keys, or two.")]
 KeyHeads = Annotated[str | None, kernel_option(metavar="query|kv", help="A key map per query or KV head.")]
 Layers = Annotated[str | None, kernel_option(help="all, indices such as 0-5,9, every:4, or name patterns.")]

@@ -15,6 +15,7 @@ from .attention_search import attention_calls, evaluating, reason_to_keep
 from .devices import exact_float32
 from .errors import FlexdistillError
 from .recipe import KernelRecipe
+from .rotary_search import RotaryEmbedding, rotary_embeddings
 from .runtime.configuration_flexformer import FlexformerConfigMixin, KernelSpec
 from .runtime.interface import NAME
 from .runtime.modeling_flexformer import convert_model
@@ -122,6 +123,7 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     with evaluating(model), exact_float32():
         calls = attention_calls(model)
         reasons = {module: reason_to_keep(model, each) for module, each in calls.items()}
+        rotary = rotary_embeddings(model, [module for module, reason in reasons.items() if reason is None])
     names = {module: name for name, module in model.base_model.named_modules()}
     convertible = {names[module]: module for module, reason in reasons.items() if reason is None}
     if not convertible:
@@ -133,7 +135,8 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     for name, module in convertible.items():
         reasons[module] = chosen[name]
     modules = (
-        _module_plan(names.get(module, ""), call, kernel, reasons[module]) for module, (call, *_) in calls.items()
+        _module_plan(names.get(module, ""), call, kernel, reasons[module], rotary.get(module))
+        for module, (call, *_) in calls.items()
     )
     linear = sum(reason is None for reason in chosen.values())
     if kernel.keep_softmax >= linear:
@@ -245,7 +248,22 @@ def _check_architecture(model: PreTrainedModel) -> None:
         )
 
 
-def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: str | None) -> ModulePlan:
+def _decays(kernel: KernelRecipe, causal: bool) -> bool:
+    if kernel.decay is not None:
+        return kernel.decay
+    return causal and feature_map_class(kernel.variant, kernel.component).decays_by_default
+
+
+def _longest_wavelength(kernel: KernelRecipe, decays: bool) -> float | None:
+    """Of rotary embedding that a kernel sees, in tokens; None: it sees all."""
+    if kernel.longest_wavelength is not None:
+        return kernel.longest_wavelength
+    return feature_map_class(kernel.variant, kernel.component).longest_wavelength if decays else None
+
+
+def _module_plan(
+    name: str, call: AttentionCall, kernel: KernelRecipe, reason: str | None, rotary: RotaryEmbedding | None
+) -> ModulePlan:
     num_heads, num_key_value_heads, head_dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
     value_dim = call.value.shape[-1]
     kv_bytes = num_key_value_heads * (head_dim + value_dim) * call.key.element_size()
@@ -256,6 +274,10 @@ def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: s
         raise FlexdistillError(
             f"A softmax window needs causal attention, and {name} attends in both directions; leave --window out."
         )
+    decays = _decays(kernel, call.causal)
+    longest, turned = _longest_wavelength(kernel, decays), {}
+    if rotary is not None and longest is not None and longest < rotary.wavelengths[-1]:
+        turned = {"rotary": rotary.layout, "rotary_pairs": rotary.pairs_within(longest)}
     spec = KernelSpec(
         variant=kernel.variant,
         component=kernel.component,
@@ -269,10 +291,9 @@ def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: s
         causal=call.causal,
         matrix=kernel.matrix,
         horizon=kernel.horizon,
-        decay=feature_map_class(kernel.variant, kernel.component).decays_by_default and call.causal
-        if kernel.decay is None
-        else kernel.decay,
+        decay=decays,
         sinks=kernel.sinks,
+        **turned,
     )
     try:
         with torch.device("meta"):
@@ -285,14 +306,18 @@ def _module_plan(name: str, call: AttentionCall, kernel: KernelRecipe, reason: s
         )
     # S, its normaliser column, norms and maximum in float32; those of window and sinks in the model's dtype
     state = 4 * spec.num_state_heads * (feature_map.num_features * (value_dim + 1) + 2) if call.causal else 0
+    per_token = kv_bytes + 1  # in the window, whose keys have a second side where the kernel sees them otherwise
+    if spec.rotary is not None:
+        per_token += num_key_value_heads * head_dim * call.key.element_size()
+        reason = f"softmax attention; kernel sees {spec.rotary_pairs} of {len(rotary.wavelengths)} rotary pairs"
     return ModulePlan(
         name,
         CONVERT,
-        "softmax attention",
+        reason or "softmax attention",
         *shape,
         spec,
         _count(feature_map.parameters()),
-        state + spec.window * (kv_bytes + 1) + (spec.sinks * kv_bytes + 8 if spec.sinks else 0),
+        state + spec.window * per_token + (spec.sinks * kv_bytes + 8 if spec.sinks else 0),
         kv_bytes if call.causal else 0,
     )
 

@@ -31,7 +31,7 @@ from .losses import attention_cross_entropy, attention_entropy, kl_divergence, l
 from .packing import pack
 from .recipe import EvaluationRecipe
 from .runtime import modeling_flexformer
-from .runtime.attention import attention_weights, count_guards
+from .runtime.attention import count_guards
 from .runtime.configuration_flexformer import FlexformerConfigMixin
 from .sources import load_model, load_tokenizer, resolve_model
 
@@ -149,7 +149,7 @@ def attention_kl(teacher: PreTrainedModel, student: PreTrainedModel, sequences: 
                 continue
             name = _name(student, call)
             expected = softmax_weights(theirs[name])
-            actual = attention_weights(call.feature_map, call.query, call.key, scaling=call.scaling)
+            actual = call.kernel_weights()
             cross_entropy, count = attention_cross_entropy(expected, actual)
             result[name] = float((cross_entropy - attention_entropy(expected)[0]) / count)
     return result

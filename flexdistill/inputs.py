@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import Plan, check_sequence_length
 from .data import read_documents
+from .distillation.documents import DocumentMasks
 from .distillation.embeddings import has_tied_embeddings
 from .distillation.heads import SplitModel
 from .distillation.labels import LabelTraining
 from .distillation.memory import repeated_layers
 from .distillation.model_stage import check_labels
-from .distillation.placement import make_placement
 from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
 from .packing import cut, pack, separator_of, split_held_out
@@ -138,20 +138,14 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequenc
     length = evaluation.sequence_length or data.sequence_length
     for checked in (length, *map(recipe.sequence_length, STAGES)):
         check_sequence_length(model, checked)
-    longest = max(map(recipe.sequence_length, recipe.stages), default=0)
-    if data.position_range is not None and data.position_range < longest:
-        raise FlexdistillError(
-            f"data.position_range is {data.position_range}, and training sequences have {longest} tokens; set as many "
-            "or more."
-        )
     if evaluation.source is None and length != data.sequence_length:
         raise FlexdistillError(
             "evaluation.sequence_length differs from data.sequence_length, but held-out sequences are cut like the "
             "training data; set evaluation.source, or remove evaluation.sequence_length."
         )
     separator = separator_of(tokenizer)
-    if placement := make_placement(data, model, separator):
-        placement.remove()  # a model that cannot is told before it is trained
+    if data.document_masks:
+        DocumentMasks(model, separator).remove()  # a model that cannot is told before it is trained
     sizes = [
         evaluation.sequences if evaluation.source is None else 0,
         SELECTION_SEQUENCES if recipe.kernel.keep_softmax else 0,

@@ -23,13 +23,13 @@ from .devices import make_accelerator, peak_memory_bytes
 from .distillation.attention_transfer import AttentionTransfer
 from .distillation.averaging import use_final_weights
 from .distillation.checkpoints import Checkpoint, Checkpoints
+from .distillation.documents import DocumentMasks
 from .distillation.embeddings import retie, untie
 from .distillation.labels import LabelTraining
 from .distillation.layer_selection import choose_layers
 from .distillation.logits import LogitDistillation
 from .distillation.loop import run_stage
 from .distillation.measurement import measure_kernels
-from .distillation.placement import make_placement
 from .distillation.stage import kernel_parameters
 from .evaluation import compare_models
 from .export import export
@@ -136,7 +136,7 @@ def run_stages(
     recipes = recipe.stages
     order = _orders(recipes, sequences, recipe.seed)
     tied = untie(student) if recipe.tied_embeddings != "tied" else {}
-    placement = make_placement(recipe.data, student, sequences.separator)
+    masks = DocumentMasks(student, sequences.separator) if recipe.data.document_masks else None
     if "attention_transfer" in recipes and not kernel_parameters(student):
         del recipes["attention_transfer"]
         if accelerator.is_main_process:
@@ -176,7 +176,7 @@ def run_stages(
         tokens_before = sum(summary["tokens"] for summary in summaries)
         with stage_progress(name, recipes[name].steps, start_step, enabled=accelerator.is_main_process) as update:
             for start, stop in _spans(start_step, recipes[name].steps, pause_every):
-                with placement.active() if placement else contextlib.nullcontext():
+                with masks.active() if masks else contextlib.nullcontext():
                     result = run_stage(
                         stage,
                         recipes[name],
@@ -201,8 +201,8 @@ def run_stages(
         summaries.append(result)
         if accelerator.is_main_process:
             write_json(summary, result)
-    if placement:
-        placement.remove()
+    if masks:
+        masks.remove()
     if recipe.tied_embeddings == "retied":
         retie(student, tied)
     return summaries

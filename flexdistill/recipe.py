@@ -302,7 +302,10 @@ _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "data.sources": (tuple(TextRecipe.model_fields), lambda sources: sources is not None),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
     "kernel.window": (("sinks",), lambda window: not window),
-    "kernel.variant": (("component", "matrix", "horizon", "tied", "decay"), lambda variant: True),
+    "kernel.variant": (
+        ("component", "matrix", "horizon", "tied", "decay", "longest_wavelength"),
+        lambda variant: True,
+    ),
     **{
         f"{stage}.{name}": ((other,), lambda value: value is not None)
         for stage in STAGES

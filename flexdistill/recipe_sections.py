@@ -58,6 +58,12 @@ class KernelRecipe(Section):
         None,
         description="features of causal layers forget at learned rates; None: only where the variant's default says so",
     )
+    longest_wavelength: int | None = Field(
+        None,
+        ge=0,
+        description="tokens; rotary embedding that takes longer to turn once is taken out of what kernels see, 0 takes "
+        "out all; None: the variant's default in layers that decay",
+    )
     tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
     key_heads: Literal["query", "kv"] = Field(
         "query", description="a key map and a state per query head, or per KV head"
@@ -112,12 +118,6 @@ class DataRecipe(TextRecipe):
     validation_sequences: int = Field(16, ge=1, description="held out where a stage validates")
     document_masks: bool = Field(
         False, description="while training, attention and positions begin anew after each end-of-text token"
-    )
-    position_range: int | None = Field(
-        None,
-        ge=2,
-        description="positions that training sequences are spread over, so that kernels learn more than the first of "
-        "them; None: each sequence begins at 0",
     )
     cache: bool | str = Field(
         True, description="folder of the token cache; true: flexdistill/tokens under HF_HOME; false: no cache"

@@ -26,9 +26,7 @@ from .positions import perplexity_by_position
 from .recipe import EvaluationRecipe, KernelRecipe
 from .report_figures import bars, histogram, lines, maps
 from .report_html import figure_grid, page, section, table
-from .runtime.attention import attention_weights
 from .runtime.feature_maps import FeatureMap
-from .runtime.interface import NAME
 from .runtime.registry import build_feature_map
 from .sources import load_model, load_tokenizer, resolve_model
 from .storage import write_whole
@@ -255,7 +253,7 @@ def _maps(teacher, student, tokens: torch.Tensor, chosen: list[str], heads: list
     for name in chosen:
         call = ours[name]
         with torch.no_grad():
-            actual = attention_weights(getattr(call.module, NAME), call.query, call.key, scaling=call.scaling)[0]
+            actual = call.kernel_weights()[0]
         expected = softmax_weights(theirs[name])[0]
         for head in heads:
             figures[f"{name}, head {head}"] = maps({"teacher": expected[head], "student": actual[head]})

@@ -639,14 +639,3 @@ def test_overwrite_replaces_results_only(sources, tmp_path):
         convert(make_recipe(sources), precious, overwrite=True)
     assert (precious / "thesis.txt").read_text() == "years of work"
     assert not precious.with_name("precious.partial").exists()
-
-
-def test_positions_are_spread(sources, tmp_path):
-    settings = {"data.position_range": 400}
-    spread = convert(make_recipe(sources, **settings), tmp_path / "spread")
-    assert Recipe.load(tmp_path / "spread" / "recipe.yaml").data.position_range == 400
-    at_start = convert(make_recipe(sources), tmp_path / "start")
-    assert spread["rows"][0] == at_start["rows"][0] and spread["rows"][1] != at_start["rows"][1]
-    with pytest.raises(FlexdistillError, match="data.position_range is 8, and training sequences have"):
-        convert(make_recipe(sources, **{"data.position_range": 8}), tmp_path / "short")
-    assert not (tmp_path / "short.partial").exists()

@@ -20,7 +20,6 @@ from ..losses import (
     relative_output_error,
 )
 from ..recipe import AttentionTransferRecipe
-from ..runtime.attention import attention_weights
 from .compilation import layers_compiled, maybe_compiled
 from .optimizers import make_optimizer
 from .stage import StepLosses, feature_maps, kernel_parameters, trainable
@@ -123,7 +122,13 @@ def attention_rows(call: AttentionCall) -> AttentionRows:
     """What a layer's loss compares, with gradients for its kernel."""
     if is_tiled(call):
         return tiled_rows(
-            call.feature_map, call.query, call.key, call.value, scaling=call.scaling, visible=call.visible()
+            call.feature_map,
+            call.query,
+            call.key,
+            call.value,
+            scaling=call.scaling,
+            visible=call.visible(),
+            rotation=call.rotation,
         )
     return quadratic_rows(call)
 
@@ -140,8 +145,7 @@ def quadratic_rows(call: AttentionCall) -> AttentionRows:
         teacher = softmax_weights(call)
         value = call.value.float().repeat_interleave(teacher.shape[1] // call.value.shape[1], dim=1)
         entropy, output = entropy_rows(teacher), teacher @ value
-    feature_map = call.feature_map
-    student = attention_weights(feature_map, call.query, call.key, scaling=call.scaling, visible=call.visible())
+    feature_map, student = call.feature_map, call.kernel_weights()
     # positive kernels need no third pass over the maps
     negative = negative_mass_rows(student) if feature_map.signed else torch.zeros_like(entropy)
     return AttentionRows(cross_entropy_rows(teacher, student), entropy, negative, output, student @ value)

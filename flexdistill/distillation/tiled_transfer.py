@@ -12,6 +12,7 @@ from ..losses import AttentionRows, over_queries, relative_output_error
 from ..runtime.attention import _features, count_guarded
 from ..runtime.backend import fused_operators
 from ..runtime.feature_maps import GATE_UNIT, Context, FeatureMap, Features
+from ..runtime.rotary import Rotation, kernel_side
 from . import transfer_operators
 from .transfer_operators import is_exact, tiles, transfer_op
 
@@ -34,6 +35,7 @@ def tiled_rows(
     *,
     scaling: float,
     visible: torch.Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> AttentionRows:
     """What attention transfer compares, in memory linear in T.
 
@@ -49,6 +51,7 @@ def tiled_rows(
         query: (B, H, T, d), any floating dtype; key: (B, K, T, d); value: (B, K, T, D). None may ask for a gradient.
         scaling: what softmax attention multiplies q.k with.
         visible: (B, T) bool, False at padding.
+        rotation: rotary embedding, for a kernel that sees queries and keys without it.
 
     Returns:
         float32 rows. One that sees no key has zeros as its outputs, and losses that mean nothing.
@@ -59,13 +62,14 @@ def tiled_rows(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise ValueError("Attention transfer trains kernels only: detach queries, keys and values.")
     with torch.autocast(query.device.type, enabled=False):
-        return feature_map(query, key, _tiled_rows, value=value, scaling=scaling, visible=visible)
+        return feature_map(query, key, _tiled_rows, value=value, scaling=scaling, visible=visible, rotation=rotation)
 
 
-def _tiled_rows(feature_map, query, key, *, value, scaling, visible) -> AttentionRows:
+def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -> AttentionRows:
     spec = feature_map.spec
     window = spec.window if spec.causal else 0
-    features = _features(feature_map, query, key, scaling, Context(visible=visible))
+    far_query, far_key = (kernel_side(x, rotation, spec) for x in (query, key))
+    features = _features(feature_map, far_query, far_key, scaling, Context(visible=visible))
     log_weight, mix = features.key_log_weight, features.query_log_scale
     if window:
         gate = GATE_UNIT * feature_map.window_gate.float()[:, None]

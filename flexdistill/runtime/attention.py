@@ -15,6 +15,7 @@ from .configuration_flexformer import KernelSpec
 from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap, Features
 from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
 from .near import Sinks, first_visible, near_sums, repeat, softmax_scores
+from .rotary import Rotation, kernel_side
 
 _guard_counters: list["GuardCounter"] = []
 
@@ -44,7 +45,7 @@ class Memory:
     """What a causal layer carries from call to call; its size does not depend on the number of tokens seen."""
 
     state: State
-    key: torch.Tensor  # (B, K, W, d): the window's keys, oldest first
+    key: torch.Tensor  # (B, K, W, d or 2 d): the window's keys, oldest first, with both sides where they differ
     value: torch.Tensor  # (B, K, W, D)
     visible: torch.Tensor  # (B, W) bool: False where the window is not filled yet or holds padding
     seen: int = 0  # tokens before the next one, for kernels of positions; the fused kernels have none and leave it
@@ -58,7 +59,7 @@ class Memory:
             key=key.new_zeros(batch, heads, spec.window, size),
             value=value.new_zeros(batch, heads, spec.window, value.shape[-1]),
             visible=torch.zeros(batch, spec.window, dtype=torch.bool, device=key.device),
-            sinks=Sinks.empty(key, value, spec.sinks) if spec.sinks else None,
+            sinks=Sinks.empty(_near_side(key, spec), value, spec.sinks) if spec.sinks else None,
         )
 
     def before(
@@ -85,6 +86,7 @@ def attend(
     memory: Memory | None = None,
     keep_memory: bool = True,
     boundaries: list[int] | None = None,
+    rotation: Rotation | None = None,
 ) -> tuple[torch.Tensor, Memory | None]:
     """Attention output and, for a causal layer, the memory after the last key.
 
@@ -99,13 +101,15 @@ def attend(
         memory: what an earlier call returned; the tokens of this call come after its tokens. It may be written to.
         keep_memory: whether the memory is wanted; training does without.
         boundaries: for a batch of one that holds sequences laid end to end: 0, where each further one starts, and T.
+        rotation: rotary embedding of these tokens, for a kernel that sees them without it.
 
     Returns:
         (B, H, T, D) in the query's dtype, or autocast's where that is on, 0 where a query sees no key; and the memory,
         None if it is not kept.
 
     Raises:
-        ValueError: for boundaries with a memory, in a bidirectional layer, or that do not rise from 0 to T.
+        ValueError: for boundaries with a memory, in a bidirectional layer, or that do not rise from 0 to T; without a
+            rotation where the kernel needs it.
     """
     if boundaries is not None:
         _check_boundaries(boundaries, query, feature_map.spec.causal and memory is None and not keep_memory)
@@ -121,8 +125,23 @@ def attend(
     if torch.is_autocast_enabled(device):  # as torch's own attention does
         dtype = torch.get_autocast_dtype(device)
         query, key, arguments["value"] = (x.to(dtype) for x in (query, key, value))
+    query, key = (_sides(x, rotation, feature_map.spec) for x in (query, key))
     with torch.autocast(device, enabled=False):
         return feature_map(query, key, _attend, **arguments)
+
+
+def _sides(x: torch.Tensor, rotation: Rotation | None, spec: KernelSpec) -> torch.Tensor:
+    """Queries or keys (B, H, T, d) as the kernel sees them; where a window sees others, after those, (B, H, T, 2 d)."""
+    seen = kernel_side(x, rotation, spec)
+    return torch.cat([x, seen], dim=-1) if spec.window and spec.rotary else seen
+
+
+def _near_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
+    return sides[..., : spec.head_dim]
+
+
+def _far_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
+    return sides[..., -spec.head_dim :]
 
 
 def _check_boundaries(boundaries: list[int], query: torch.Tensor, servable: bool) -> None:
@@ -171,9 +190,11 @@ def _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, k
     key, value, visible = memory.before(key, value, visible)
     near, sinks, leaving = None, None, visible[:, :length]
     if spec.window:
-        near, sinks, leaving = near_sums(query, key, value, visible, spec.window, scaling, memory.sinks)
+        near_query, near_key = (_near_side(x, spec) for x in (query, key))
+        near, sinks, leaving = near_sums(near_query, near_key, value, visible, spec.window, scaling, memory.sinks)
     context = Context(memory.seen, memory.seen - spec.window, leaving)
-    features = _features(feature_map, query, key[:, :, :length], scaling, context)
+    far_query, far_key = _far_side(query, spec), _far_side(key[:, :, :length], spec)
+    features = _features(feature_map, far_query, far_key, scaling, context)
     far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
     output = _normalise(feature_map, far, near, features.query_log_scale)
     if keep_memory:
@@ -181,8 +202,11 @@ def _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, k
     return output.to(query.dtype), memory if keep_memory else None
 
 
-def attend_without_window(feature_map, query, key, value, *, scaling, visible=None) -> torch.Tensor:
+def attend_without_window(
+    feature_map, query, key, value, *, scaling, visible=None, rotation: Rotation | None = None
+) -> torch.Tensor:
     """The kernel over all keys, whatever the window: what `attend` gives a layer whose window is 0. Shapes as there."""
+    query, key = (kernel_side(x, rotation, feature_map.spec) for x in (query, key))
     with torch.autocast(query.device.type, enabled=False):
         return feature_map(query, key, _attend_without_window, value=value, scaling=scaling, visible=visible)
 
@@ -221,6 +245,7 @@ def attention_weights(
     *,
     scaling: float,
     visible: torch.Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """The same attention as a matrix: the reference for `attend`, and what attention transfer trains.
 
@@ -229,13 +254,14 @@ def attention_weights(
         A row of a positive kernel sums to 1; of a signed one, to 1 unless its denominator was guarded.
     """
     with torch.autocast(query.device.type, enabled=False):
-        return feature_map(query, key, _attention_weights, scaling=scaling, visible=visible)
+        return feature_map(query, key, _attention_weights, scaling=scaling, visible=visible, rotation=rotation)
 
 
-def _attention_weights(feature_map, query, key, *, scaling, visible):
+def _attention_weights(feature_map, query, key, *, scaling, visible, rotation):
     spec = feature_map.spec
     length = query.shape[-2]
-    features = _features(feature_map, query, key, scaling, Context(visible=visible))
+    far_query, far_key = (kernel_side(x, rotation, spec) for x in (query, key))
+    features = _features(feature_map, far_query, far_key, scaling, Context(visible=visible))
     allowed = torch.ones(length, length, dtype=torch.bool, device=query.device)
     distance = torch.arange(length, device=query.device)
     distance = distance[:, None] - distance

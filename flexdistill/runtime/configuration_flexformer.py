@@ -26,6 +26,9 @@ class KernelSpec:
         horizon: tokens after which a kernel of distances ends; None where it has none.
         decay: each feature forgets at a learned rate, so that some serve near keys and some distant ones.
         sinks: first tokens of a sequence that keep exact softmax attention beside the window; 0 where there is none.
+        rotary: how the module's rotary embedding pairs coordinates, where the kernel sees queries and keys without it
+            (see `rotary`); None where it sees them as they come.
+        rotary_pairs: the first pairs, those of the shortest wavelengths, that it sees turned all the same.
     """
 
     variant: str
@@ -42,6 +45,8 @@ class KernelSpec:
     horizon: int | None = None
     decay: bool = False
     sinks: int = 0
+    rotary: str | None = None
+    rotary_pairs: int = 0
 
     @property
     def num_state_heads(self) -> int:

@@ -100,6 +100,8 @@ class FeatureMap(nn.Module):
     paper = ""
     tied_by_default = False
     decays_by_default = False  # in causal layers
+    # by default a kernel with decay sees no rotary embedding of longer wavelengths, in tokens; None: it sees all
+    longest_wavelength: float | None = None
 
     def __init__(self, spec: KernelSpec):
         super().__init__()

@@ -52,6 +52,7 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     """
 
     decays_by_default = True
+    longest_wavelength = 20
     measures = True
     # standard deviation of W1 x over training data beyond which kernels start as a few spikes
     _LARGEST_PHASE = 1.5

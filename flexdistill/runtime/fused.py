@@ -27,6 +27,7 @@ from .launch import (
     key_states,
     like_output,
     map_tensors,
+    near_sides,
     packed_segments,
     power,
     processors_of,
@@ -50,6 +51,8 @@ def attention_op(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    near_query: torch.Tensor | None,
+    near_key: torch.Tensor | None,
     visible: torch.Tensor | None,
     q_w1: torch.Tensor,
     q_w2: torch.Tensor | None,
@@ -78,6 +81,7 @@ def attention_op(
 ]:  # fmt: skip
     """Attention of queries (B, H, T, d) to keys (B, K, past + T, d) and values (B, K, past + T, D).
 
+    The window takes the near queries and keys, of the same shapes, in their place where they are given.
     Returns the output (B, H, T, D); of each row its reference and shift (see `outputs_kernel`), whether it was guarded
     and, with a window, log2 of its whole sum; which segments were flagged; and where `final`, the state's values
     (B, S, D + 1, F), norms and maximum after the last position.
@@ -103,8 +107,9 @@ def attention_op(
     near, near_lse = output, rows[3]
     if window:
         near, near_lse = like_output(query, value), torch.empty_like(rows[0])
+        sides = near_sides(query, key, near_query, near_key)
         window_launch(
-            window_forward_kernel, shape, settings, shape.length, (query, key, value, near),
+            window_forward_kernel, shape, settings, shape.length, (*sides, value, near),
             (visible, q_w1 if first is None else first, near, near_lse), scaling, past, window,
         )  # fmt: skip
     flags = torch.empty(shape.batch * shape.heads, shape.segments, dtype=torch.int32, device=query.device)
@@ -121,9 +126,9 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(query, key, value, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor,
-      decay, gate, initial_values, initial_norms, initial_maximum, segments, first, causal, window, past, scale,
-      scaling, final):  # fmt: skip
+def _(query, key, value, near_query, near_key, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2,
+      k_amplitude, k_norm_factor, decay, gate, initial_values, initial_norms, initial_maximum, segments, first, causal,
+      window, past, scale, scaling, final):  # fmt: skip
     batch, heads, length, _ = query.shape
     row = (batch, heads, length)
     pairs = (batch, k_w1.shape[0]) if final else (0, 0)
@@ -150,8 +155,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, d_output, *_):
     saved = ctx.saved_tensors  # activation checkpointing gives them out once
     gradients = attention_backward_op(d_output, *saved, *ctx.settings)
-    d_query, d_key, d_value, d_q_map, d_k_map = gradients
-    q_w1, q_w2, q_amplitude, _, k_w1, k_w2, k_amplitude, _, decay = saved[10:19]
+    d_query, d_key, d_value, d_near_query, d_near_key, d_q_map, d_k_map = gradients
+    near = (None, None) if saved[9] is None else (d_near_query, d_near_key)
+    q_w1, q_w2, q_amplitude, _, k_w1, k_w2, k_amplitude, _, decay = saved[12:21]
     *q_gradients, d_gate, q_moments = split_map(d_q_map, q_w1, q_w2, q_amplitude)
     *k_gradients, _, k_moments = split_map(d_k_map, k_w1, k_w2, k_amplitude)
     d_decay = None
@@ -161,7 +167,7 @@ def _backward(ctx, d_output, *_):
         _, window, *_ = ctx.settings
         q_moments = q_moments.unflatten(0, (decay.shape[0], -1)).sum(1)
         d_decay = k_moments + window * k_gradients[2] - q_moments
-    return d_query, d_key, d_value, None, *q_gradients, *k_gradients, d_decay, d_gate, *(None,) * 11
+    return d_query, d_key, d_value, *near, None, *q_gradients, *k_gradients, d_decay, d_gate, *(None,) * 11
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -277,11 +283,16 @@ class FusedAttention:
 
 def _call(feature_map, query, key, value, scaling, visible, state, past, final, packed=(None, None)):
     spec, spectrum = feature_map.spec, feature_map.spectrum()
+    near_query = near_key = None
+    if query.shape[-1] > spec.head_dim:  # both sides, see `attention`
+        near_query, query = query.split(spec.head_dim, dim=-1)
+        near_key, key = key.split(spec.head_dim, dim=-1)
     gate = constant_zeros(spec.num_heads, query.device)
     if spec.window:
         gate = GATE_UNIT * feature_map.window_gate.float()
     state = (None, None, None) if state is None else (state.values, state.norms, state.maximum)
     return attention_op(
-        query, key, value, visible, *spectrum.query, *spectrum.key, spectrum.decay, gate, *state, *packed,
+        query, key, value, near_query, near_key, visible, *spectrum.query, *spectrum.key, spectrum.decay, gate, *state,
+        *packed,
         spec.causal, spec.window, past, scaling * query.shape[-1] ** 0.5, scaling, final,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from .launch import (
     key_map_tensors,
     key_states,
     map_tensors,
+    near_sides,
     power,
     processors_of,
     row_major,
@@ -83,6 +84,8 @@ def attention_backward_op(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    near_query: torch.Tensor | None,
+    near_key: torch.Tensor | None,
     visible: torch.Tensor | None,
     q_w1: torch.Tensor,
     q_w2: torch.Tensor | None,
@@ -100,8 +103,13 @@ def attention_backward_op(
     window: int,
     scale: float,
     scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, and of both maps as flat rows per head (see `split_map`)."""
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:  # fmt: skip
+    """Gradients of query, key and value, near query and near key, and both maps as flat rows per head (`split_map`).
+
+    Those of near queries and keys are empty where none are given.
+    """
     query, key, value, d_output = (row_major(x) for x in (query, key, value, d_output))
     shape = Shape.of(query, key, value, q_w1, k_w1, causal, 0, window, segments)
     settings = kernel_settings(q_w2, q_amplitude, decay, visible, segments, query)
@@ -164,32 +172,49 @@ def attention_backward_op(
             row_flags, table, *token_strides(query, key, d_output), *sizes[:-1], EXACT=exact, **shape.sizes,
             **flags,
         )  # fmt: skip
+    d_near_query, d_near_key = query.new_empty(0), key.new_empty(0)
     if window:
+        near = near_sides(query, key, near_query, near_key)
+        apart = near_query is not None
+        # the window's kernels add to what is there
+        targets = (torch.zeros_like(d_query), torch.zeros_like(d_key)) if apart else (d_query, d_key)
         inputs = (visible, q_w1 if first is None else first, row_lse, delta, d_output)
-        for kernel, count, targets in (
-            (window_query_kernel, length, (d_query,)),
-            (window_key_kernel, shape.keys, (d_key, d_value)),
+        for kernel, count, outputs in (
+            (window_query_kernel, length, targets[:1]),
+            (window_key_kernel, shape.keys, (targets[1], d_value)),
         ):
             window_launch(
-                kernel, shape, settings, count, (query, key, value, d_output), (*inputs, *targets), scaling, 0, window
+                kernel, shape, settings, count, (*near, value, d_output), (*inputs, *outputs), scaling, 0, window
             )
-    d_key, d_value = (x.unflatten(1, (shape.kv_heads, -1)).sum(2) if parts else x for x in (d_key, d_value))
+        if apart:
+            d_near_query = targets[0].to(query.dtype)
+            d_near_key = _summed(targets[1], shape).to(key.dtype)
+    if parts:
+        d_key, d_value = _summed(d_key, shape), _summed(d_value, shape)
     groups = shape.heads // shape.state_heads
     return (
         d_query.to(query.dtype),
         d_key.to(key.dtype),
         d_value.to(value.dtype),
+        d_near_query,
+        d_near_key,
         d_q_map,
         d_k_map.unflatten(0, (shape.state_heads, groups)).sum(1),
     )
 
 
+def _summed(parts: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """(B, H, T, d) -> (B, K, T, d): over each KV head's queries."""
+    return parts.unflatten(1, (shape.kv_heads, -1)).sum(2)
+
+
 @attention_backward_op.register_fake
-def _(d_output, output, row_reference, row_shift, row_guarded, row_lse, row_flags, query, key, value, visible, q_w1,
-      q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, decay, gate, segments, first, causal,
-      window, scale, scaling):  # fmt: skip
+def _(d_output, output, row_reference, row_shift, row_guarded, row_lse, row_flags, query, key, value, near_query,
+      near_key, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, decay, gate,
+      segments, first, causal, window, scale, scaling):  # fmt: skip
     size = flat_size(*q_w1.shape[1:], decay is not None)
     gradients = [x.new_empty(x.shape) for x in (query, key, value)]
+    gradients += [x.new_empty(0 if near_key is None else x.shape) for x in (query, key)]
     return *gradients, floats(query, q_w1.shape[0], size), floats(query, k_w1.shape[0], size)
 
 

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .attention import attend
 from .cache import FlexformerCacheLayer, memory_layer
 from .masks import LazyMask, flexformer_mask
+from .rotary import Rotation, part_of, rotation_among
 
 # the name of a converted module's feature map
 NAME = "flexformer"
@@ -17,6 +18,7 @@ NAME = "flexformer"
 _IS_COPY = __name__.startswith("transformers_modules.")
 IMPLEMENTATION = f"{NAME}_{__name__.replace('.', '_')}" if _IS_COPY else NAME
 _CACHE_ARGUMENT = "flexformer_cache_layer"
+ROTATION_ARGUMENT = "flexformer_rotation"
 # capped logits and learned sinks
 _EAGER_ARGUMENTS = ("softcap", "s_aux", "sinks")
 
@@ -46,6 +48,7 @@ def flexformer_attention(
             from elsewhere than the queries.
     """
     cache_layer: FlexformerCacheLayer | None = kwargs.pop(_CACHE_ARGUMENT, None)
+    rotation: Rotation | None = kwargs.pop(ROTATION_ARGUMENT, None)
     feature_map = getattr(module, NAME, None)
     if feature_map is None:
         return softmax_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -57,7 +60,7 @@ def flexformer_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     packed = isinstance(attention_mask, LazyMask) and not attention_mask.is_plain and cache_layer is None
     if packed and (boundaries := attention_mask.boundaries()) is not None:
-        return _packed_attention(feature_map, query, key, value, scaling, boundaries), None
+        return _packed_attention(feature_map, query, key, value, scaling, boundaries, rotation), None
     output, memory = attend(
         feature_map,
         query,
@@ -67,17 +70,25 @@ def flexformer_attention(
         visible=visible_keys(attention_mask, key.shape[-2]),
         memory=cache_layer.memory if cache_layer else None,
         keep_memory=cache_layer is not None,
+        rotation=rotation,
     )
     if cache_layer is not None:
         cache_layer.remember(memory)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _packed_attention(feature_map, query, key, value, scaling, boundaries) -> torch.Tensor:
+def _packed_attention(feature_map, query, key, value, scaling, boundaries, rotation) -> torch.Tensor:
     """Attention within each of the sequences that every row holds end to end, (B, T, H, D)."""
     rows = [
-        attend(feature_map, *row, scaling=scaling, keep_memory=False, boundaries=ends)[0]
-        for *row, ends in zip(query.split(1), key.split(1), value.split(1), boundaries, strict=True)
+        attend(
+            feature_map,
+            *(x[row : row + 1] for x in (query, key, value)),
+            scaling=scaling,
+            keep_memory=False,
+            boundaries=ends,
+            rotation=part_of(rotation, row),
+        )[0]
+        for row, ends in enumerate(boundaries)
     ]
     return torch.cat(rows).transpose(1, 2).contiguous()
 
@@ -121,6 +132,14 @@ def find_cache_layer(module: nn.Module, args, kwargs):
         return None
     layer = memory_layer(module, args, kwargs)
     return None if layer is None else (args, {**kwargs, _CACHE_ARGUMENT: layer})
+
+
+def find_rotation(module: nn.Module, args, kwargs):
+    """Forward pre-hook of a module whose kernel sees no rotary embedding: passes the rotation on to it."""
+    if not str(module.config._attn_implementation).startswith(NAME):  # other attention functions know no such argument
+        return None
+    rotation = rotation_among(kwargs)
+    return None if rotation is None else (args, {**kwargs, ROTATION_ARGUMENT: rotation})
 
 
 AttentionInterface.register(IMPLEMENTATION, flexformer_attention)

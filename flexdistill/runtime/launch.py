@@ -150,6 +150,11 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def near_sides(query, key, near_query, near_key) -> tuple[torch.Tensor, torch.Tensor]:
+    """The queries and keys that a window sees."""
+    return (query, key) if near_query is None else (row_major(near_query), row_major(near_key))
+
+
 def like_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """(B, H, T, D), stored (B, T, H, D) as transformers wants it."""
     batch, heads, length, _ = query.shape

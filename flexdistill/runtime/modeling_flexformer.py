@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .configuration_flexformer import MODEL_TYPE, FlexformerConfigMixin, KernelSpec
 from .feature_maps import FeatureMap
-from .interface import IMPLEMENTATION, NAME, find_cache_layer
+from .interface import IMPLEMENTATION, NAME, find_cache_layer, find_rotation
 from .registry import build_feature_map
 
 _PREFIX = "Flexformer"
@@ -107,6 +107,8 @@ def attach_feature_maps(base_model: nn.Module, specs: dict[str, KernelSpec]) -> 
         module.add_module(NAME, feature_map)
         if hasattr(module, "layer_idx"):
             module.register_forward_pre_hook(find_cache_layer, with_kwargs=True)
+        if spec.rotary is not None:
+            module.register_forward_pre_hook(find_rotation, with_kwargs=True)
 
 
 def convert_model(model: PreTrainedModel, specs: dict[str, KernelSpec]) -> PreTrainedModel:

@@ -67,6 +67,13 @@ def query_key_value(length: int, *, batch: int = 2, seed: int = 1, dtype=torch.f
     return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
+def rotation(length: int, *, size: int = HEAD_DIM, start: int = 0, base: float = 100.0):
+    """cos and sin (1, T, size) of rotary embedding in halves, as transformers' models make them."""
+    angles = torch.arange(start, start + length)[:, None] * base ** (-torch.arange(size // 2) / (size // 2))
+    angles = torch.cat([angles, angles], dim=-1)[None]
+    return angles.cos(), angles.sin()
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected value."""
     assert actual.shape == expected.shape

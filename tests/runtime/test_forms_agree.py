@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from flexdistill.runtime.attention import attend, attention_weights
 from flexdistill.runtime.cache import _tensors
 from flexdistill.runtime.registry import feature_map_class, kernels
-from tests.runtime.kernels import CAUSAL_KERNELS, LEARNED_KERNELS, kernel
+from flexdistill.runtime.rotary import part_of
+from tests.runtime.kernels import CAUSAL_KERNELS, LEARNED_KERNELS, kernel, rotation
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 property_test = settings(max_examples=40, deadline=None, derandomize=True)
@@ -15,7 +16,7 @@ property_test = settings(max_examples=40, deadline=None, derandomize=True)
 
 @st.composite
 def attentions(draw, causal):
-    """A feature map and its arguments: query, key, value, visible, scaling."""
+    """A feature map and its arguments: query, key, value, visible, scaling, rotation."""
     variant, component = draw(st.sampled_from(CAUSAL_KERNELS if causal else kernels()))
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     size, value_size = draw(st.sampled_from([2, 4, 8, 16])), draw(st.sampled_from([1, 4, 8]))
@@ -35,6 +36,8 @@ def attentions(draw, causal):
         window=window,
         sinks=draw(st.integers(0, 6)) if window else 0,
         causal=causal,
+        rotary=draw(st.sampled_from([None, "halves"])),
+        rotary_pairs=draw(st.integers(0, size // 2)),
     )
     spec = feature_map.spec
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -46,17 +49,18 @@ def attentions(draw, causal):
         visible = torch.ones(batch, length, dtype=torch.bool)
         visible[0, :left] = False
         visible[-1, length - right :] = False
-    return feature_map, query, key, value, visible, draw(st.sampled_from([1.0, size**-0.5]))
+    turns = rotation(length, size=size, start=draw(st.integers(0, 1000)))
+    return feature_map, query, key, value, visible, draw(st.sampled_from([1.0, size**-0.5])), turns
 
 
-def quadratic(feature_map, query, key, value, visible, scaling):
-    weights = attention_weights(feature_map, query, key, scaling=scaling, visible=visible)
+def quadratic(feature_map, query, key, value, visible, scaling, turns):
+    weights = attention_weights(feature_map, query, key, scaling=scaling, visible=visible, rotation=turns)
     return weights @ value.float().repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
 
 
 def in_parts(case, sizes):
     """The output of attention over one part of the sequence after the other, and the memory after each."""
-    feature_map, query, key, value, visible, scaling = case
+    feature_map, query, key, value, visible, scaling, turns = case
     length, start, outputs, memories = query.shape[-2], 0, [], [None]
     for size in [*sizes, length]:
         part = slice(start, min(start + size, length))
@@ -64,7 +68,8 @@ def in_parts(case, sizes):
             break
         seen = None if visible is None else visible[:, part]
         tensors = (x[:, :, part] for x in (query, key, value))
-        output, memory = attend(feature_map, *tensors, scaling=scaling, visible=seen, memory=memories[-1])
+        arguments = dict(scaling=scaling, visible=seen, rotation=part_of(turns, 0, part))
+        output, memory = attend(feature_map, *tensors, memory=memories[-1], **arguments)
         outputs.append(output)
         memories.append(memory)
         start = part.stop

@@ -9,7 +9,7 @@ from flexdistill.runtime.backend import VARIABLE, fused_operators
 from flexdistill.runtime.feature_maps import constant_zeros
 from flexdistill.runtime.registry import feature_map_class, kernels
 
-from .kernels import HEADS, KV_HEADS, SCALING, kernel, query_key_value, relative_error
+from .kernels import HEADS, KV_HEADS, SCALING, kernel, query_key_value, relative_error, rotation
 
 pytest.importorskip("triton")
 FUSED = [pair for pair in kernels() if feature_map_class(*pair).has_spectrum]
@@ -83,6 +83,15 @@ def test_causal_attention_is_torchs(variant, component, length, window, side, ke
     if length == 1:  # one key has weight 1 whatever the kernel says, so only values have a gradient
         results = [(output, gradients[2:3]) for output, gradients in results]
     assert_same(results)
+
+
+@pytest.mark.parametrize(("length", "window", "side"), [(90, 0, "left"), (90, 5, "right"), (70, 100, "none")])
+@pytest.mark.parametrize("key_heads", ["query", "kv"])
+def test_attention_without_rotary_embedding_is_torchs(length, window, side, key_heads, monkeypatch):
+    settings = dict(window=window, key_heads=key_heads, rotary="halves", rotary_pairs=1)
+    feature_map = kernel("nonstationary+decay", "hyperbolic", **settings)
+    arguments = dict(visible=padding(length, side), rotation=rotation(length))
+    assert_same(both_backends(feature_map, query_key_value(length), monkeypatch, **arguments))
 
 
 @every_fused_kernel
@@ -233,18 +242,21 @@ def test_training_after_inference_mode():
 
 
 @pytest.mark.parametrize("variant", ["nonstationary", "nonstationary+decay"])
-def test_operators_fit_torch(variant):
-    """Schemas, fake kernels and autograd registration."""
+@pytest.mark.parametrize("window", [0, 4])
+def test_operators_fit_torch(variant, window):
+    """Schemas, fake kernels and autograd registration; a window sees queries and keys of its own."""
     from flexdistill.runtime.fused import attention_op, decode_op
 
     feature_map = kernel(variant, "hyperbolic", key_heads="kv")
     query, key, value = (x[:1].detach().requires_grad_() for x in query_key_value(20))
     spectrum = feature_map.spectrum()
     gate = torch.zeros(HEADS)
+    near = [x.detach().clone().requires_grad_() for x in (query, key)] if window else [None, None]
     arguments = (
         query,
         key,
         value,
+        *near,
         None,
         *spectrum.query,
         *spectrum.key,
@@ -252,7 +264,7 @@ def test_operators_fit_torch(variant):
         gate,
         *(None,) * 5,
         True,
-        0,
+        window,
         0,
         1.0,
         0.3,

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from flexdistill.attention_modes import run_base_model, softmax_mode
-from flexdistill.distillation.placement import Placement, document_positions, make_placement, scattered_starts
+from flexdistill.distillation.documents import DocumentMasks, document_positions
 from flexdistill.errors import FlexdistillError
-from flexdistill.recipe import DataRecipe
-from tests.distillation.stages import attention_transfer, logit_distillation, sequences, student, teacher
+from tests.distillation.stages import attention_transfer, logit_distillation, student, teacher
 
 SEPARATOR = 0
 ENDS = [[7, 24], [2, 5, 20, 24]]
@@ -36,7 +35,7 @@ def test_positions():
 @torch.no_grad()
 def test_each_document_is_run_as_if_alone(name, softmax):
     model = student(name)
-    masks = Placement(model, SEPARATOR)
+    masks = DocumentMasks(model, SEPARATOR)
     copied = copy.deepcopy(model)
     for each in (model, copied):
         with softmax_mode(each) if softmax else torch.no_grad(), masks.active():
@@ -53,7 +52,7 @@ def test_each_document_is_run_as_if_alone(name, softmax):
 def test_gradients_are_those_of_the_documents_one_by_one(make, name):
     torch.manual_seed(0)
     model = student(name, window=3)
-    masks = Placement(model, SEPARATOR)
+    masks = DocumentMasks(model, SEPARATOR)
     stage = make(model)
     results = []
     for batches in ([packed()], documents()):
@@ -73,58 +72,7 @@ def test_gradients_are_those_of_the_documents_one_by_one(make, name):
 def test_models_that_cannot_are_refused():
     model = teacher("bert")
     with pytest.raises(FlexdistillError, match="BertForMaskedLM lets documents of one sequence see each other"):
-        Placement(model, SEPARATOR)
+        DocumentMasks(model, SEPARATOR)
     assert not model.base_model._forward_pre_hooks
     with pytest.raises(FlexdistillError, match="no token that ends a document"):
-        make_placement(DataRecipe(document_masks=True), teacher("llama"), None)
-
-
-def test_starts_are_spread_evenly_and_depend_on_the_sequence_alone():
-    tokens = sequences(2000, 24)
-    starts = scattered_starts(tokens, 123).flatten()
-    assert starts.min() == 0 and starts.max() == 99
-    counts = starts.bincount(minlength=100).view(10, 10).sum(1)
-    assert (counts - 200).abs().max() < 60  # four standard deviations
-    assert torch.equal(starts[7:8], scattered_starts(tokens[7:8], 123)[0])
-    assert not scattered_starts(tokens, 24).any()
-
-
-@torch.no_grad()
-def test_softmax_does_not_see_where_sequences_start_and_kernels_do():
-    model = student("llama")
-    tokens = sequences(4)
-    plain = run_base_model(model, tokens)[0]
-    placement = Placement(model, position_range=512)
-    expected = torch.cat(
-        [
-            run_base_model(model, row[None], position_ids=torch.arange(24)[None] + start)[0]
-            for row, start in zip(tokens, scattered_starts(tokens, 512), strict=True)
-        ]
-    )
-    with softmax_mode(model):
-        at_start = run_base_model(model, tokens)[0]
-        with placement.active():
-            torch.testing.assert_close(run_base_model(model, tokens)[0], at_start, rtol=1e-3, atol=1e-3)
-    with placement.active():
-        placed = run_base_model(model, tokens)[0]
-    torch.testing.assert_close(placed, expected, rtol=1e-4, atol=1e-5)
-    assert (placed - plain).norm() > 0.01 * plain.norm()
-
-
-def test_documents_and_starts_together():
-    model = student("llama")
-    placement = Placement(model, SEPARATOR, 512)
-    _, numbered = placement._number(None, (), {"input_ids": packed()}) or (None, None)
-    assert numbered is None
-    with placement.active():
-        _, numbered = placement._number(None, (), {"input_ids": packed()})
-    expected = document_positions(packed(), SEPARATOR) + scattered_starts(packed(), 512)
-    assert torch.equal(numbered["position_ids"], expected)
-
-
-@pytest.mark.parametrize(("name", "length"), [("gpt2", 100), ("gpt2", 4096)])
-def test_models_of_absolute_positions_are_refused(name, length):
-    model = teacher(name)
-    with pytest.raises(FlexdistillError, match="GPT2LMHeadModel gives other outputs at other positions"):
-        Placement(model, position_range=length)
-    assert not model.base_model._forward_pre_hooks
+        DocumentMasks(teacher("llama"), None)
