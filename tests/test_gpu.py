@@ -19,7 +19,7 @@ from flexdistill.runtime.backend import VARIABLE
 from flexdistill.runtime.configuration_flexformer import KernelSpec
 from flexdistill.runtime.registry import build_feature_map
 
-from .runtime.kernels import every_causal_kernel, kernel_spec
+from .runtime.kernels import every_causal_kernel, kernel_spec, rotation
 from .runtime.reference import reference_attention
 from .tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -47,6 +47,31 @@ def test_attention_on_gpu_equals_cpu(variant, component, window, dtype, toleranc
     feature_map.cuda()
     actual, _ = attend(feature_map, *(x.cuda() for x in inputs), scaling=64**-0.5, visible=visible.cuda())
     assert (actual.float().cpu() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("window", [0, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_rotary_embedding_is_taken_out_on_gpu_as_on_cpu(window, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.manual_seed(0)
+    settings = dict(
+        num_heads=8, num_key_value_heads=4, head_dim=64, num_frequencies=64, rotary="halves", rotary_pairs=4
+    )
+    feature_map = build_feature_map(kernel_spec("nonstationary+decay", "hyperbolic", window=window, **settings))
+    feature_map.reset_parameters()
+    shapes = [(2, 8, 500, 64), (2, 4, 500, 64), (2, 4, 500, 64)]
+    inputs = [torch.randn(shape).to(dtype).float().requires_grad_() for shape in shapes]
+    made, direction = rotation(500, size=64, start=100), torch.randn(2, 8, 500, 64)
+    results = []
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        feature_map.to(device)
+        leaves = [x.detach().to(device, kind).requires_grad_() for x in inputs]
+        turns = tuple(x.to(device) for x in made)
+        output, _ = attend(feature_map, *leaves, scaling=64**-0.5, rotation=turns, keep_memory=False)
+        loss = (output.float() * direction.to(device)).sum()
+        results.append([output, *torch.autograd.grad(loss, leaves)])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual.float().cpu() - expected).norm() <= tolerance * expected.norm()
 
 
 def test_plans_do_not_depend_on_the_precision_of_products():

@@ -22,7 +22,8 @@ LAYERS = [
     {"errors"},
     {"recipe", "recipe_sections", "runtime", "progress", "losses", "storage"},
     {"attention_modes", "data", "devices", "example_inputs", "loading", "packing", "sources", "tables"},
-    {"attention_search", "conversion", "distillation", "mixture", "self_test", "token_cache", "tracking"},
+    {"attention_search", "conversion", "distillation", "mixture", "rotary_search"}
+    | {"self_test", "token_cache", "tracking"},
     {"evaluation", "export", "harness", "hub", "inputs", "plots", "report_figures", "report_html", "runs", "scoring"},
     {"generation", "initialisation", "pipeline", "positions", "recall"},
     {"comparison", "in_memory", "ranking", "report_page", "training"},
