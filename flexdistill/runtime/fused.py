@@ -17,6 +17,7 @@ except ImportError as error:
 from .backend import VARIABLE
 from .feature_maps import GATE_UNIT, FeatureMap, constant_zeros
 from .fused_backward import NAMESPACE, attention_backward_op, split_map
+from .fused_rotary import turn_op
 from .launch import (
     SEQUENCES,
     Shape,
@@ -38,6 +39,7 @@ from .launch import (
     window_launch,
 )
 from .linear_attention import State
+from .rotary import Rotation
 from .triton_decode import decode_kernel
 from .triton_forward import outputs_kernel
 from .triton_window import window_forward_kernel
@@ -254,6 +256,16 @@ class FusedAttention:
         return torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *feature_map.parameters()))
 
     @staticmethod
+    def turns(x: torch.Tensor) -> bool:
+        """Whether `turned_back` knows the dtype of queries or keys."""
+        return x.dtype in LARGEST_SIZE
+
+    @staticmethod
+    def turned_back(x: torch.Tensor, rotation: Rotation, layout: str, kept: int) -> torch.Tensor:
+        """As `rotary.turned_back`, in one launch."""
+        return turn_op(x, *rotation, layout != "halves", 2 if layout == "adjacent" else 1, kept, True)
+
+    @staticmethod
     def attend(feature_map, query, key, value, scaling, visible, boundaries: list[int] | None = None):
         """Output and which rows were guarded; with `boundaries`, of sequences laid end to end."""
         packed = (None, None)
@@ -293,6 +305,5 @@ def _call(feature_map, query, key, value, scaling, visible, state, past, final, 
     state = (None, None, None) if state is None else (state.values, state.norms, state.maximum)
     return attention_op(
         query, key, value, near_query, near_key, visible, *spectrum.query, *spectrum.key, spectrum.decay, gate, *state,
-        *packed,
-        spec.causal, spec.window, past, scaling * query.shape[-1] ** 0.5, scaling, final,
+        *packed, spec.causal, spec.window, past, scaling * query.shape[-1] ** 0.5, scaling, final,
     )  # fmt: skip

@@ -7,6 +7,7 @@ learn every position that there may be. A decay tells distances without them.
 
 import torch
 
+from .backend import fused_operators
 from .configuration_flexformer import KernelSpec
 
 # (cos, sin) of a call's tokens, (1 or B, T, R), as models pass them to their attention modules
@@ -47,6 +48,10 @@ def kernel_side(x: torch.Tensor, rotation: Rotation | None, spec: KernelSpec) ->
         raise ValueError(
             f"The kernel takes rotary embedding out of queries and keys, and was not given any ({ARGUMENT})."
         )
+    # Inductor fuses the plain form with what surrounds it
+    fused = None if torch.compiler.is_compiling() else fused_operators(x.device)
+    if fused is not None and fused.turns(x):
+        return fused.turned_back(x, rotation, spec.rotary, spec.rotary_pairs)
     return turned_back(x, rotation, spec.rotary, spec.rotary_pairs)
 
 

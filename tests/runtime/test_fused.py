@@ -8,6 +8,7 @@ from flexdistill.runtime.attention import attend, attention_weights, count_guard
 from flexdistill.runtime.backend import VARIABLE, fused_operators
 from flexdistill.runtime.feature_maps import constant_zeros
 from flexdistill.runtime.registry import feature_map_class, kernels
+from flexdistill.runtime.rotary import LAYOUTS, turned_back
 
 from .kernels import HEADS, KV_HEADS, SCALING, kernel, query_key_value, relative_error, rotation
 
@@ -15,6 +16,7 @@ pytest.importorskip("triton")
 FUSED = [pair for pair in kernels() if feature_map_class(*pair).has_spectrum]
 FUSED += [("nonstationary+decay", "hyperbolic"), ("stationary+decay", "hyperbolic")]
 every_fused_kernel = pytest.mark.parametrize(("variant", "component"), FUSED, ids=["-".join(pair) for pair in FUSED])
+OPERATOR_CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -92,6 +94,32 @@ def test_attention_without_rotary_embedding_is_torchs(length, window, side, key_
     feature_map = kernel("nonstationary+decay", "hyperbolic", **settings)
     arguments = dict(visible=padding(length, side), rotation=rotation(length))
     assert_same(both_backends(feature_map, query_key_value(length), monkeypatch, **arguments))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("length", "size", "kept"), [(1, 8, 0), (40, 8, 1), (19, 4, 1), (19, 6, 0), (5, 8, 4)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotary_embedding_is_turned_back_as_by_torch(layout, length, size, kept, batch):
+    query, _, _ = query_key_value(length)
+    turns = [1.3 * x.repeat(batch, 1, 1) for x in rotation(length, size=size, start=7)]
+    expected = turned_back(query, turns, layout, kept)
+    fused = fused_operators(query.device)
+    actual = fused.turned_back(query, turns, layout, kept)
+    assert relative_error(actual, expected) <= 1e-6
+    direction = torch.randn_like(query)
+    wanted, found = (torch.autograd.grad((x * direction).sum(), query)[0] for x in (expected, actual))
+    assert relative_error(found, wanted) <= 1e-6
+    transposed = query.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(fused.turned_back(transposed, turns, layout, kept), actual)
+    half = fused.turned_back(query.detach().bfloat16(), turns, layout, kept)
+    assert half.dtype == torch.bfloat16 and relative_error(half.float(), expected) <= 1e-2
+
+
+def test_turning_fits_torch():
+    from flexdistill.runtime.fused_rotary import turn_op
+
+    query, _, _ = query_key_value(5)
+    torch.library.opcheck(turn_op, (query, *rotation(5), False, 1, 1, True), test_utils=OPERATOR_CHECKS)
 
 
 @every_fused_kernel
@@ -270,12 +298,11 @@ def test_operators_fit_torch(variant, window):
         0.3,
         True,
     )
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(attention_op, arguments, test_utils=checks)
+    torch.library.opcheck(attention_op, arguments, test_utils=OPERATOR_CHECKS)
     *_, values, norms, maximum = attention_op(*arguments)
     token = [x[:, :, :1].detach() for x in (query, key, value)]
     maps = [x if x is None else x.detach() for x in (*spectrum.query, *spectrum.key, spectrum.decay)]
-    torch.library.opcheck(decode_op, (*token, None, *maps, values, norms, maximum, 1.0), test_utils=checks)
+    torch.library.opcheck(decode_op, (*token, None, *maps, values, norms, maximum, 1.0), test_utils=OPERATOR_CHECKS)
 
 
 @pytest.mark.parametrize("variant", ["nonstationary", "nonstationary+decay"])
