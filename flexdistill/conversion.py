@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -254,11 +255,11 @@ def _decays(kernel: KernelRecipe, causal: bool) -> bool:
     return causal and feature_map_class(kernel.variant, kernel.component).decays_by_default
 
 
-def _longest_wavelength(kernel: KernelRecipe, decays: bool) -> float | None:
-    """Of rotary embedding that a kernel sees, in tokens; None: it sees all."""
+def _longest_wavelength(kernel: KernelRecipe, decays: bool) -> float:
+    """Of the rotary embedding that a kernel sees, in tokens."""
     if kernel.longest_wavelength is not None:
         return kernel.longest_wavelength
-    return feature_map_class(kernel.variant, kernel.component).longest_wavelength if decays else None
+    return feature_map_class(kernel.variant, kernel.component).longest_wavelength if decays else math.inf
 
 
 def _module_plan(
@@ -275,9 +276,10 @@ def _module_plan(
             f"A softmax window needs causal attention, and {name} attends in both directions; leave --window out."
         )
     decays = _decays(kernel, call.causal)
-    longest, turned = _longest_wavelength(kernel, decays), {}
-    if rotary is not None and longest is not None and longest < rotary.wavelengths[-1]:
-        turned = {"rotary": rotary.layout, "rotary_pairs": rotary.pairs_within(longest)}
+    longest = _longest_wavelength(kernel, decays)
+    pairs = rotary.pairs_within(longest) if rotary is not None else 0
+    if rotary is not None and pairs == len(rotary.wavelengths):
+        rotary, pairs = None, 0  # the kernel sees it all
     spec = KernelSpec(
         variant=kernel.variant,
         component=kernel.component,
@@ -293,7 +295,8 @@ def _module_plan(
         horizon=kernel.horizon,
         decay=decays,
         sinks=kernel.sinks,
-        **turned,
+        rotary=None if rotary is None else rotary.layout,
+        rotary_pairs=pairs,
     )
     try:
         with torch.device("meta"):
@@ -307,9 +310,9 @@ def _module_plan(
     # S, its normaliser column, norms and maximum in float32; those of window and sinks in the model's dtype
     state = 4 * spec.num_state_heads * (feature_map.num_features * (value_dim + 1) + 2) if call.causal else 0
     per_token = kv_bytes + 1  # in the window, whose keys have a second side where the kernel sees them otherwise
-    if spec.rotary is not None:
+    if rotary is not None:
         per_token += num_key_value_heads * head_dim * call.key.element_size()
-        reason = f"softmax attention; kernel sees {spec.rotary_pairs} of {len(rotary.wavelengths)} rotary pairs"
+        reason = f"softmax attention; kernel sees {pairs} of {len(rotary.wavelengths)} rotary pairs"
     return ModulePlan(
         name,
         CONVERT,

@@ -100,8 +100,7 @@ class FeatureMap(nn.Module):
     paper = ""
     tied_by_default = False
     decays_by_default = False  # in causal layers
-    # by default a kernel with decay sees no rotary embedding of longer wavelengths, in tokens; None: it sees all
-    longest_wavelength: float | None = None
+    longest_wavelength = math.inf  # tokens; of the rotary embedding that a kernel with decay sees by default
 
     def __init__(self, spec: KernelSpec):
         super().__init__()

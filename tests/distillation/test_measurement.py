@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from flexdistill.attention_modes import AttentionCall, record_attention
 from flexdistill.distillation.measurement import measure_kernels
 from flexdistill.distillation.stage import feature_maps
+from flexdistill.runtime.rotary import kernel_side
 from tests.distillation.stages import MAKERS, sequences, student
 
 
@@ -54,5 +55,6 @@ def test_frequencies_fit_the_spread_of_queries_and_keys(variant, tied):
         else:
             assert torch.equal(parameter, before[1][name]), name
     calls = [call for call in record_attention(model, AttentionCall.softmax, sequences()) if call.feature_map]
-    phases = spread.measure(calls[1].query, calls[1].key).sqrt()
+    query, key = (kernel_side(x, calls[1].rotation, spread.spec) for x in (calls[1].query, calls[1].key))
+    phases = spread.measure(query, key).sqrt()
     torch.testing.assert_close(phases, torch.full_like(phases, 1.5))

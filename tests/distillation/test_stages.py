@@ -102,7 +102,7 @@ def test_gradients_per_layer_are_those_of_the_whole_loss(name, settings):
         if name != "bert":
             scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
         expected = scores.softmax(-1)
-        actual = attention_weights(call.feature_map, call.query, call.key, scaling=size**-0.5)
+        actual = attention_weights(call.feature_map, call.query, call.key, scaling=size**-0.5, rotation=call.rotation)
         total = total + 0.7 * attention_cross_entropy(expected, actual)[0]
         total = total + 1.3 * relative_output_error(expected @ value, actual @ value)[0]
         if call.feature_map.signed:
