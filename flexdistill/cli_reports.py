@@ -113,9 +113,7 @@ def variants(as_json: Json = False, debug: Debug = False) -> None:
     for variant, component in kernels():
         kernel = feature_map_class(variant, component)
         row = dict(variant=variant, component=component, signed=kernel.signed, causal=kernel.causal_safe)
-        row |= dict(
-            tied=kernel.tied_by_default, decay=kernel.decays_by_default, longest_wavelength=kernel.longest_wavelength
-        )
+        row |= dict(tied=kernel.tied_by_default, decay=kernel.decays_by_default)
         rows.append(row | dict(paper=kernel.paper, matrices=list(kernel.matrices)))
     if as_json:
         print_json(rows)

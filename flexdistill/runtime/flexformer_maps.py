@@ -23,19 +23,28 @@ class FlexformerFeatureMap(FeatureMap):
     def nonstationary(self) -> bool:
         return self.spec.variant == "nonstationary"
 
-    def _spectrum(self, query_factor: torch.Tensor, key_factor: torch.Tensor) -> Spectrum:
-        def tensors(parameters: nn.ParameterDict, heads: int, factor: torch.Tensor):
-            names = ("w1", "w2", "log_amplitude")
-            found = (parameters[name].float() if name in parameters else None for name in names)
-            return tuple(
-                x if x is None or x.shape[0] == heads else x.repeat_interleave(heads // x.shape[0], 0)
-                for x in (*found, factor)
-            )
+    def _spectrum(
+        self,
+        query_factor: torch.Tensor,
+        key_factor: torch.Tensor,
+        query_unit: torch.Tensor | None = None,
+        key_unit: torch.Tensor | None = None,
+    ) -> Spectrum:
+        """Everything that the fused kernels take, with the units of queries and keys moved into the frequencies."""
+
+        def tensors(parameters: dict[str, nn.Parameter], heads: int, factor: torch.Tensor, unit: torch.Tensor | None):
+            def of_heads(x: torch.Tensor) -> torch.Tensor:
+                return x if x.shape[0] == heads else x.repeat_interleave(heads // x.shape[0], 0)
+
+            found = {name: of_heads(x.float()) for name, x in parameters.items()}
+            if unit is not None:
+                found |= {name: found[name] * unit[:, None, None] for name in ("w1", "w2") if name in found}
+            return *(found.get(name) for name in ("w1", "w2", "log_amplitude")), of_heads(factor)
 
         query, key = self._maps()
         return Spectrum(
-            tensors(query, self.spec.num_heads, query_factor),
-            tensors(key, self.spec.num_state_heads, key_factor),
+            tensors(query, self.spec.num_heads, query_factor, query_unit),
+            tensors(key, self.spec.num_state_heads, key_factor, key_unit),
             self.decay_rates(),
         )
 
@@ -48,14 +57,15 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     """The spectral kernel continued to imaginary frequencies, positive by construction.
 
     log phi(x) = [W1 x + log cosh(W2 x) + b, -W1 x + log cosh(W2 x) + b'] - log(2 n) / 2, with b and b' learned
-    log-amplitudes, and keys weighted by exp(gamma |k|^2) with gamma learned per head.
+    log-amplitudes, and keys weighted by exp(gamma |k|^2) with gamma learned per head. A head's x is in a unit of its
+    own, measured before training: where queries or keys are long, a step of training would else turn every phase.
     """
 
     decays_by_default = True
     longest_wavelength = 20
     measures = True
-    # standard deviation of W1 x over training data beyond which kernels start as a few spikes
-    _LARGEST_PHASE = 1.5
+    # mean length of queries or keys from which on they are made shorter
+    _LARGEST_LENGTH = 20.0
     # |k|^2 is of the order of 100, so the learned coefficient moves in tenths
     _NORM_UNIT = 0.1
 
@@ -63,10 +73,14 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
         super().__init__(spec)
         self._add_maps(**self._frequency_shapes(), log_amplitude=(2 * spec.num_frequencies,))
         self.norm_factor = nn.Parameter(torch.empty(spec.num_state_heads))
+        self.register_buffer("query_unit", torch.empty(spec.num_heads))
+        self.register_buffer("key_unit", torch.empty(spec.num_state_heads))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        init.ones_(self.query_unit)
+        init.ones_(self.key_unit)
         parameters = self.query_parameters
         # a quarter of the standard deviation at which exp(W x) estimates the softmax kernel: that starts flatter, and
         # learns faster, than a half or all of it
@@ -78,28 +92,22 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
         self._start_alike()
 
     def measure(self, query, key):
-        """Variance of the phases W1 x, the larger of queries' and keys', for each state head (S,)."""
-        query_map, key_map = self._maps()
-        query, key = query.float(), self._repeated(key.float())
-        spreads = [
-            project(x, parameters["w1"]).var((0, 2), correction=0).mean(-1).unflatten(0, (-1, group)).amax(-1)
-            for x, parameters, group in (
-                (query, query_map, query.shape[1] // self.spec.num_state_heads),
-                (key, key_map, 1),
-            )
-        ]
-        return torch.maximum(*spreads)
+        """Mean lengths of each head's queries and of each state head's keys, (H + S,)."""
+        return torch.cat([x.float().norm(dim=-1).mean((0, 2)) for x in (query, self._repeated(key))])
 
     @torch.no_grad()
     def calibrate(self, measured):
-        """Shrinks the frequencies of heads whose phases spread too far."""
-        factor = (self._LARGEST_PHASE / measured.sqrt()).clamp_max(1.0)[:, None, None]
-        for parameters in (self.query_parameters, self.key_parameters):
-            if "w1" in parameters:
-                w1 = parameters["w1"]
-                w1.mul_(factor.to(w1.dtype).repeat_interleave(len(w1) // len(factor), dim=0))
+        """Makes heads shorter whose queries or keys are long."""
+        units = (self._LARGEST_LENGTH / measured).clamp_max(1.0)
+        query_unit, key_unit = units.split([self.spec.num_heads, self.spec.num_state_heads])
+        if self.spec.tied:  # one map, so one unit
+            groups = query_unit.unflatten(0, (self.spec.num_state_heads, -1))
+            key_unit = torch.minimum(key_unit, groups.amin(-1))
+            query_unit = key_unit.repeat_interleave(groups.shape[1])
+        self.query_unit.copy_(query_unit)
+        self.key_unit.copy_(key_unit)
 
-    def _log_features(self, x: torch.Tensor, parameters: nn.ParameterDict) -> torch.Tensor:
+    def _log_features(self, x: torch.Tensor, parameters: dict[str, nn.Parameter]) -> torch.Tensor:
         phase = project(x, parameters["w1"])
         envelope = log_cosh(project(x, parameters["w2"])) if self.nonstationary else 0.0
         log_features = (
@@ -108,13 +116,15 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
         return log_features - 0.5 * math.log(self.num_features)
 
     def spectrum(self) -> Spectrum:
-        norm_factor = self.norm_factor.float()
-        return self._spectrum(constant_zeros(self.spec.num_heads, norm_factor.device), self._NORM_UNIT * norm_factor)
+        norm_factor = self._NORM_UNIT * self.norm_factor.float() * self.key_unit.square()
+        zeros = constant_zeros(self.spec.num_heads, norm_factor.device)
+        return self._spectrum(zeros, norm_factor, self.query_unit, self.key_unit)
 
     def query_features(self, query):
-        return from_log(self._log_features(query, self._maps()[0]))
+        return from_log(self._log_features(query * self.query_unit[:, None, None], self._maps()[0]))
 
     def key_features(self, key):
+        key = key * self.key_unit[:, None, None]
         features, log_weight = from_log(self._log_features(key, self._maps()[1]))
         return features, log_weight + self._NORM_UNIT * per_head(self.norm_factor, key)[:, None] * key.square().sum(-1)
 
@@ -144,7 +154,7 @@ class TrigonometricFeatureMap(FlexformerFeatureMap):
         init.constant_(self.tau, math.log(2 * self.spec.head_dim**0.5) + 6)
         self._start_alike()
 
-    def _features(self, x: torch.Tensor, parameters: nn.ParameterDict) -> torch.Tensor:
+    def _features(self, x: torch.Tensor, parameters: dict[str, nn.Parameter]) -> torch.Tensor:
         phase = project(x, parameters["w1"])
         features = torch.cat([phase.cos(), phase.sin()], -1)
         if self.nonstationary:

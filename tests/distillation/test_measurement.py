@@ -40,21 +40,18 @@ def test_other_kernels_are_left_alone(monkeypatch):
 
 @pytest.mark.parametrize("variant", ["stationary", "nonstationary"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_frequencies_fit_the_spread_of_queries_and_keys(variant, tied):
+def test_long_keys_are_made_shorter(variant, tied):
     model = student("llama", variant=variant, tied=tied)
     with torch.no_grad():
         model.get_submodule("model.layers.1.self_attn.k_proj").weight *= 400
-    fine, spread = feature_maps(model).values()
-    before = [{name: p.clone() for name, p in each.named_parameters()} for each in (fine, spread)]
+    short, long = feature_maps(model).values()
+    before = {name: p.clone() for name, p in model.named_parameters()}
     measure_kernels(model, sequences(), Accelerator(cpu=True))
-    for name, parameter in fine.named_parameters():
-        assert torch.equal(parameter, before[0][name]), name
-    for name, parameter in spread.named_parameters():
-        if name.endswith("w1"):
-            assert parameter.norm() < 0.5 * before[1][name].norm(), name
-        else:
-            assert torch.equal(parameter, before[1][name]), name
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all((unit == 1).all() for unit in (short.query_unit, short.key_unit))
     calls = [call for call in record_attention(model, AttentionCall.softmax, sequences()) if call.feature_map]
-    query, key = (kernel_side(x, calls[1].rotation, spread.spec) for x in (calls[1].query, calls[1].key))
-    phases = spread.measure(query, key).sqrt()
-    torch.testing.assert_close(phases, torch.full_like(phases, 1.5))
+    key = kernel_side(calls[1].key, calls[1].rotation, long.spec)
+    lengths = key.norm(dim=-1).mean((0, 2)).repeat_interleave(long.spec.num_heads // key.shape[1])
+    assert lengths.min() > 40
+    torch.testing.assert_close(long.key_unit * lengths, torch.full_like(lengths, 20.0))
+    assert torch.equal(long.query_unit, long.key_unit if tied else torch.ones_like(long.query_unit))

@@ -55,6 +55,9 @@ def kernel(variant: str, component: str | None, *, noise: float = 0.1, seed: int
     with torch.no_grad():
         for parameter in feature_map.parameters():
             parameter += noise * torch.randn_like(parameter)
+        for name, unit in feature_map.named_buffers():
+            if name.endswith("unit"):  # tied maps share one
+                unit.fill_(0.8) if feature_map.spec.tied else unit.uniform_(0.6, 1.0)
     return feature_map
 
 

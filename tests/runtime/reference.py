@@ -59,6 +59,9 @@ def reference_attention(
     else:
         factor = 0.1 * parameters["norm_factor"]
         factor = factor.repeat_interleave(heads // factor.shape[0], 0)[:, None]
+        units = (unit.double().to(query.device) for unit in (feature_map.query_unit, feature_map.key_unit))
+        query_unit, key_unit = (unit.repeat_interleave(heads // len(unit))[:, None, None] for unit in units)
+        scaled, key = scaled * query_unit, key * key_unit
         logarithms = []
         for prefix, x in (("query", scaled), ("key", key)):
             phase, other = x @ of(prefix, "w1"), of(prefix, "w2")

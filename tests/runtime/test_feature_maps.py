@@ -214,7 +214,8 @@ def test_hyperbolic_is_its_formula(variant, tied):
         features = torch.cat([envelope * phase.exp(), envelope * (-phase).exp()], -1) * amplitude
         return features / math.sqrt(2 * HEAD_DIM)
 
-    keys = key.repeat_interleave(HEADS // KV_HEADS, dim=1)
+    query = query * feature_map.query_unit[:, None, None]
+    keys = key.repeat_interleave(HEADS // KV_HEADS, dim=1) * feature_map.key_unit[:, None, None]
     norm_factor = 0.1 * feature_map.norm_factor.double()[:, None] * keys.double().square().sum(-1)
     expected_query = phi(query, feature_map.query_parameters)
     expected_key = phi(keys, feature_map.query_parameters if tied else feature_map.key_parameters)
