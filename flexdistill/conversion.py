@@ -136,7 +136,7 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     for name, module in convertible.items():
         reasons[module] = chosen[name]
     modules = (
-        _module_plan(names.get(module, ""), call, kernel, reasons[module], rotary.get(module))
+        _module_plan(names.get(module, ""), call, kernel, reasons[module], rotary.get(module), module in rotary)
         for module, (call, *_) in calls.items()
     )
     linear = sum(reason is None for reason in chosen.values())
@@ -263,7 +263,12 @@ def _longest_wavelength(kernel: KernelRecipe, decays: bool) -> float:
 
 
 def _module_plan(
-    name: str, call: AttentionCall, kernel: KernelRecipe, reason: str | None, rotary: RotaryEmbedding | None
+    name: str,
+    call: AttentionCall,
+    kernel: KernelRecipe,
+    reason: str | None,
+    rotary: RotaryEmbedding | None,
+    is_rotary: bool,
 ) -> ModulePlan:
     num_heads, num_key_value_heads, head_dim = call.query.shape[1], call.key.shape[1], call.query.shape[-1]
     value_dim = call.value.shape[-1]
@@ -278,8 +283,13 @@ def _module_plan(
     decays = _decays(kernel, call.causal)
     longest = _longest_wavelength(kernel, decays)
     pairs = rotary.pairs_within(longest) if rotary is not None else 0
-    if rotary is not None and pairs == len(rotary.wavelengths):
-        rotary, pairs = None, 0  # the kernel sees it all
+    reason = "softmax attention"
+    if is_rotary and rotary is None and longest < math.inf:
+        reason += "; kernel sees all rotary embedding, which is of an unknown form"
+    if rotary is not None:
+        reason += f"; kernel sees {pairs} of {len(rotary.wavelengths)} rotary pairs"
+        if pairs == len(rotary.wavelengths):
+            rotary, pairs = None, 0
     spec = KernelSpec(
         variant=kernel.variant,
         component=kernel.component,
@@ -296,6 +306,7 @@ def _module_plan(
         decay=decays,
         sinks=kernel.sinks,
         rotary=None if rotary is None else rotary.layout,
+        rotary_dim=0 if rotary is None else 2 * len(rotary.wavelengths),
         rotary_pairs=pairs,
     )
     try:
@@ -312,11 +323,10 @@ def _module_plan(
     per_token = kv_bytes + 1  # in the window, whose keys have a second side where the kernel sees them otherwise
     if rotary is not None:
         per_token += num_key_value_heads * head_dim * call.key.element_size()
-        reason = f"softmax attention; kernel sees {pairs} of {len(rotary.wavelengths)} rotary pairs"
     return ModulePlan(
         name,
         CONVERT,
-        reason or "softmax attention",
+        reason,
         *shape,
         spec,
         _count(feature_map.parameters()),

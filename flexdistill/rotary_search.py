@@ -16,7 +16,7 @@ from .runtime.rotary import LAYOUTS, Rotation, angles, turned_back
 
 _LENGTH, _LATER = 24, 40
 # a relative difference of queries or keys that is rounding
-_SAME = {torch.float32: 1e-2, torch.float64: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+_SAME = {torch.float32: 1e-2, torch.float64: 1e-2, torch.bfloat16: 0.2, torch.float16: 0.2}
 
 
 @dataclass(frozen=True)
@@ -30,36 +30,39 @@ class RotaryEmbedding:
         return sum(own <= wavelength for own in self.wavelengths)
 
 
-def rotary_embeddings(model: PreTrainedModel, modules: Iterable[nn.Module]) -> dict[nn.Module, RotaryEmbedding]:
-    """Those modules whose queries and keys depend on places by a rotary embedding alone, which can be taken out again.
+def rotary_embeddings(model: PreTrainedModel, modules: Iterable[nn.Module]) -> dict[nn.Module, RotaryEmbedding | None]:
+    """The rotary embeddings of those modules that turn queries and keys by it.
 
-    A module is left out if it has none, or one of a form that is not known here.
+    None stands for one that cannot be taken out again: it is of a form that is not known here, or places show in
+    queries and keys by more than it.
     """
     handles = [module.register_forward_pre_hook(find_rotation, with_kwargs=True) for module in modules]
     try:
         first, later = (_calls(model, start) for start in (0, _LATER))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # it takes no position ids, or not so many; a model raises what it likes
         return {}
     finally:
         for handle in handles:
             handle.remove()
-    found = {module: _embedding(call, later[module]) for module, call in first.items() if module in later}
-    return {module: embedding for module, embedding in found.items() if embedding is not None}
+    return {
+        module: _embedding(call, later[module])
+        for module, call in first.items()
+        if module in later and call.rotation is not None and not _are_same(call.query, later[module].query)
+    }
 
 
 def _calls(model: PreTrainedModel, start: int) -> dict[nn.Module, AttentionCall]:
-    tokens = torch.arange(_LENGTH, device=model.device)[None]
-    positions = tokens + start
-    tokens = tokens % model.get_input_embeddings().num_embeddings
+    positions = torch.arange(_LENGTH, device=model.device)[None]
+    tokens = positions % model.get_input_embeddings().num_embeddings
     calls: dict[nn.Module, AttentionCall] = {}
-    for call in record_attention(model, AttentionCall.softmax, tokens, position_ids=positions):
+    for call in record_attention(model, AttentionCall.softmax, tokens, position_ids=positions + start):
         calls.setdefault(call.module, call)
     return calls
 
 
 def _embedding(first: AttentionCall, later: AttentionCall) -> RotaryEmbedding | None:
-    if first.rotation is None or later.rotation is None or _are_same(first.query, later.query):
-        return None
     for layout in LAYOUTS:
         if _undoes(layout, first, later):
             wavelengths = _wavelengths(first.rotation, layout)

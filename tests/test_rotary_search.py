@@ -1,11 +1,15 @@
 """What rotary embeddings models are found to have."""
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from flexdistill import rotary_search
 from flexdistill.conversion import apply_plan, make_plan
+from flexdistill.evaluation import load_converted
 from flexdistill.recipe import KernelRecipe
 from flexdistill.rotary_search import rotary_embeddings
 from flexdistill.runtime.cache import cache_num_bytes
@@ -44,6 +48,38 @@ def test_models_without_rotary_embedding_have_none():
 def test_kernels_see_short_wavelengths(settings, expected):
     for module in make_plan(tiny_llama(), KernelRecipe(**settings)).converted:
         assert (module.spec.rotary, module.spec.rotary_pairs) == expected
+
+
+def test_half_precision_is_told_from_other_forms():
+    model = tiny_llama().bfloat16()
+    found = rotary_embeddings(model, [layer.self_attn for layer in model.model.layers])
+    assert [embedding.layout for embedding in found.values()] == ["halves", "halves"]
+
+
+def test_unknown_forms_stay_and_are_named(monkeypatch):
+    monkeypatch.setattr(rotary_search, "LAYOUTS", ("interleaved",))
+    plan = make_plan(tiny_llama(), KernelRecipe())
+    assert all(module.spec.rotary is None for module in plan.converted)
+    reason = "softmax attention; kernel sees all rotary embedding, which is of an unknown form"
+    assert [module.reason for module in plan.converted] == [reason, reason]
+    monkeypatch.undo()
+    reasons = [module.reason for module in make_plan(tiny_llama(), KernelRecipe()).converted]
+    assert reasons == ["softmax attention; kernel sees 2 of 8 rotary pairs"] * 2
+
+
+@torch.no_grad()
+def test_models_converted_before_load_as_they_are(tmp_path):
+    student = apply_plan(model := tiny_llama(), make_plan(model, KernelRecipe(longest_wavelength=10**9)))
+    student.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({n: x for n, x in load_file(file).items() if not n.endswith("_unit")}, file, {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for spec in config["flexformer"]["layers"].values():
+        for name in ("rotary", "rotary_dim", "rotary_pairs"):
+            del spec[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = torch.arange(30)[None]
+    assert torch.equal(load_converted(tmp_path)(tokens).logits, student(tokens).logits)
 
 
 @torch.no_grad()

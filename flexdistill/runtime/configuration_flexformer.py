@@ -28,7 +28,8 @@ class KernelSpec:
         sinks: first tokens of a sequence that keep exact softmax attention beside the window; 0 where there is none.
         rotary: how the module's rotary embedding pairs coordinates, where the kernel sees queries and keys without it
             (see `rotary`); None where it sees them as they come.
-        rotary_pairs: the first pairs, those of the shortest wavelengths, that it sees turned all the same.
+        rotary_dim: coordinates of a head that the rotary embedding turns; the rest follow them.
+        rotary_pairs: the first pairs, those of the shortest wavelengths, that the kernel sees turned all the same.
     """
 
     variant: str
@@ -46,6 +47,7 @@ class KernelSpec:
     decay: bool = False
     sinks: int = 0
     rotary: str | None = None
+    rotary_dim: int = 0
     rotary_pairs: int = 0
 
     @property

@@ -263,7 +263,7 @@ class FusedAttention:
     @staticmethod
     def turned_back(x: torch.Tensor, rotation: Rotation, layout: str, kept: int) -> torch.Tensor:
         """As `rotary.turned_back`, in one launch."""
-        return turn_op(x, *rotation, layout != "halves", 2 if layout == "adjacent" else 1, kept, True)
+        return turn_op(x, *rotation, layout != "halves", 2 if layout == "interleaved" else 1, kept, True)
 
     @staticmethod
     def attend(feature_map, query, key, value, scaling, visible, boundaries: list[int] | None = None):

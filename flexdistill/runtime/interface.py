@@ -138,7 +138,7 @@ def find_rotation(module: nn.Module, args, kwargs):
     """Forward pre-hook of a module whose kernel sees no rotary embedding: passes the rotation on to it."""
     if not str(module.config._attn_implementation).startswith(NAME):  # other attention functions know no such argument
         return None
-    rotation = rotation_among(kwargs)
+    rotation = rotation_among(args, kwargs)
     return None if rotation is None else (args, {**kwargs, ROTATION_ARGUMENT: rotation})
 
 

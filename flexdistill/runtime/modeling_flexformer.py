@@ -176,6 +176,8 @@ def _model_class(name: str, base: type[PreTrainedModel]) -> type:
         "config": None,
         # kernels keep full precision in a model of less: their small updates would be lost
         "_keep_in_fp32_modules_strict": [*(base._keep_in_fp32_modules_strict or ()), NAME],
+        # checkpoints from before there were units were made with units of 1, as these begin
+        "_keys_to_ignore_on_load_missing": [*(base._keys_to_ignore_on_load_missing or ()), rf"\.{NAME}\.\w+_unit$"],
     }
     if name in _classes:  # made while its configuration class was
         return _classes[name]

@@ -13,19 +13,21 @@ from .configuration_flexformer import KernelSpec
 # (cos, sin) of a call's tokens, (1 or B, T, R), as models pass them to their attention modules
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
-# which coordinates make a pair, the i-th two or those half of R apart, and how cos and sin repeat its angle
-LAYOUTS = ("halves", "adjacent", "adjacent_of_halves")
+# which coordinates make pair i, those half of R apart or neighbours, and whether cos and sin repeat their angles as the
+# coordinates do or in halves all the same
+LAYOUTS = ("halves", "interleaved", "interleaved_of_halves")
 # how transformers' models name it
 ARGUMENT = "position_embeddings"
 
 
-def rotation_among(arguments: dict) -> Rotation | None:
-    """The rotation among the keyword arguments of an attention module; None if there is none of the usual form."""
-    rotation = arguments.get(ARGUMENT)
-    if not isinstance(rotation, (tuple, list)) or len(rotation) != 2:
-        return None
-    cos, sin = rotation
-    return (cos, sin) if all(torch.is_tensor(x) and x.ndim == 3 for x in rotation) else None
+def rotation_among(args: tuple, kwargs: dict) -> Rotation | None:
+    """The rotation among the arguments of an attention module; None if there is none of the usual form."""
+    for pair in (kwargs.get(ARGUMENT), *args):
+        if isinstance(pair, (tuple, list)) and len(pair) == 2:
+            cos, sin = pair
+            if all(torch.is_tensor(x) and x.ndim == 3 for x in (cos, sin)) and cos.shape == sin.shape:
+                return cos, sin
+    return None
 
 
 def part_of(rotation: Rotation | None, row: int, tokens: slice = slice(None)) -> Rotation | None:
@@ -40,13 +42,21 @@ def kernel_side(x: torch.Tensor, rotation: Rotation | None, spec: KernelSpec) ->
     """Queries or keys (B, H, T, d) as the kernel sees them.
 
     Raises:
-        ValueError: if the kernel sees them without rotary embedding, and it is not known.
+        ValueError: if the kernel sees them without rotary embedding, and it is not given or of another size.
     """
     if spec.rotary is None:
         return x
     if rotation is None:
         raise ValueError(
-            f"The kernel takes rotary embedding out of queries and keys, and was not given any ({ARGUMENT})."
+            f"The kernel takes rotary embedding out of queries and keys, and was not given any ({ARGUMENT}); use the "
+            "version of transformers that the model was converted with."
+        )
+    batch, length, size = rotation[0].shape
+    if size != spec.rotary_dim or length != x.shape[2] or batch not in (1, x.shape[0]):
+        raise ValueError(
+            f"The kernel takes rotary embedding of {spec.rotary_dim} coordinates out of queries and keys "
+            f"{tuple(x.shape)}, and was given one of shape {(batch, length, size)}; use the version of transformers "
+            "that the model was converted with."
         )
     # Inductor fuses the plain form with what surrounds it
     fused = None if torch.compiler.is_compiling() else fused_operators(x.device)
@@ -73,4 +83,4 @@ def turned_back(x: torch.Tensor, rotation: Rotation, layout: str, kept: int) -> 
 
 def angles(part: torch.Tensor, layout: str) -> torch.Tensor:
     """cos or sin (..., R) -> those of the pairs (..., R / 2)."""
-    return part[..., ::2] if layout == "adjacent" else part[..., : part.shape[-1] // 2]
+    return part[..., ::2] if layout == "interleaved" else part[..., : part.shape[-1] // 2]

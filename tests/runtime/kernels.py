@@ -43,6 +43,7 @@ def kernel_spec(variant: str, component: str | None, **changes) -> KernelSpec:
         matrix=next(iter(kind.matrices), None),
         horizon=HORIZON if kind.has_horizon else None,
         decay=decay and changes.get("causal", True),
+        rotary_dim=changes.get("head_dim", HEAD_DIM) if changes.get("rotary") else 0,
     )
     return KernelSpec(variant, component, **settings | changes)
 

@@ -11,7 +11,7 @@ from flexdistill.runtime.rotary import part_of, rotation_among, turned_back
 from .kernels import HEAD_DIM, SCALING, kernel, query_key_value, relative_error, rotation
 
 # model types whose modelling files pair coordinates so
-MODELS = {"halves": "llama", "adjacent": "cohere", "adjacent_of_halves": "glm"}
+MODELS = {"halves": "llama", "interleaved": "cohere", "interleaved_of_halves": "glm"}
 
 
 def turned(name: str, query, key, size: int, start: int = 0, scale: float = 1.0):
@@ -103,13 +103,18 @@ def test_packed_sequences_are_run_as_if_alone():
 
 def test_a_kernel_that_needs_the_rotation_says_so():
     feature_map = kernel("nonstationary+decay", "hyperbolic", rotary="halves")
+    inputs = query_key_value(5)
     with pytest.raises(ValueError, match="takes rotary embedding out .* was not given any"):
-        attend(feature_map, *query_key_value(5), scaling=SCALING)
+        attend(feature_map, *inputs, scaling=SCALING)
+    for other in (rotation(5, size=4), rotation(4), [x.repeat(3, 1, 1) for x in rotation(5)]):
+        with pytest.raises(ValueError, match="rotary embedding of 8 coordinates .* was given one of shape"):
+            attend(feature_map, *inputs, scaling=SCALING, rotation=other)
 
 
 def test_rotations_of_other_forms_are_not_taken():
     cos, sin = rotation(5)
-    assert rotation_among({"position_embeddings": (cos, sin)}) is not None
-    for other in (None, cos, (cos,), (cos, None), (cos[0], sin[0])):
-        assert rotation_among({"position_embeddings": other}) is None
-    assert rotation_among({}) is None
+    for given in (((), {"position_embeddings": (cos, sin)}), ((cos, (cos, sin)), {})):
+        assert rotation_among(*given) == (cos, sin)
+    for other in (None, cos, (cos,), (cos, None), (cos[0], sin[0]), (cos, sin[:, :3])):
+        assert rotation_among((other,), {"position_embeddings": other}) is None
+    assert rotation_among((), {}) is None
