@@ -23,6 +23,7 @@ from .random_features import (
     SequenceAwareFeatureMap,
     TrigonometricRandomFeatureMap,
 )
+from .rotary import check_rotary
 
 _FLEXFORMER: dict[str | None, type[FeatureMap]] = {
     "hyperbolic": HyperbolicFeatureMap,
@@ -126,4 +127,6 @@ def build_feature_map(spec: KernelSpec) -> FeatureMap:
         remedy = "set kernel.horizon" if kernel.has_horizon else "leave kernel.horizon out"
         number = "a" if kernel.has_horizon else "no"
         raise ValueError(f"Variant {spec.variant!r} needs {number} horizon; {remedy}")
+    if spec.rotary is not None:
+        check_rotary(spec)
     return kernel(spec)

@@ -20,6 +20,17 @@ LAYOUTS = ("halves", "interleaved", "interleaved_of_halves")
 ARGUMENT = "position_embeddings"
 
 
+def check_rotary(spec: KernelSpec) -> None:
+    """Raises ValueError if a spec's rotary embedding cannot be one."""
+    if spec.rotary not in LAYOUTS:
+        raise ValueError(f"Rotary embedding {spec.rotary!r} is unknown; choose one of: {', '.join(LAYOUTS)}")
+    if spec.rotary_dim % 2 or not 0 <= 2 * spec.rotary_pairs <= spec.rotary_dim <= spec.head_dim:
+        raise ValueError(
+            f"Rotary embedding of {spec.rotary_dim} coordinates with {spec.rotary_pairs} pairs kept does not fit heads "
+            f"of size {spec.head_dim}; use the config.json that the model was exported with"
+        )
+
+
 def rotation_among(args: tuple, kwargs: dict) -> Rotation | None:
     """The rotation among the arguments of an attention module; None if there is none of the usual form."""
     for pair in (kwargs.get(ARGUMENT), *args):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from flexdistill.runtime.attention import attend, attention_weights
+from flexdistill.runtime.registry import build_feature_map
 from flexdistill.runtime.rotary import part_of, rotation_among, turned_back
 
-from .kernels import HEAD_DIM, SCALING, kernel, query_key_value, relative_error, rotation
+from .kernels import HEAD_DIM, SCALING, kernel, kernel_spec, query_key_value, relative_error, rotation
 
 # model types whose modelling files pair coordinates so
 MODELS = {"halves": "llama", "interleaved": "cohere", "interleaved_of_halves": "glm"}
@@ -118,3 +119,18 @@ def test_rotations_of_other_forms_are_not_taken():
     for other in (None, cos, (cos,), (cos, None), (cos[0], sin[0]), (cos, sin[:, :3])):
         assert rotation_among((other,), {"position_embeddings": other}) is None
     assert rotation_among((), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"rotary": "spiral"}, "'spiral' is unknown; choose one of: halves, interleaved"),
+        ({"rotary_dim": 7}, "of 7 coordinates"),
+        ({"rotary_dim": 2 * HEAD_DIM}, "does not fit heads of size 8"),
+        ({"rotary_pairs": -1}, "with -1 pairs kept does not fit"),
+        ({"rotary_pairs": HEAD_DIM}, "with 8 pairs kept does not fit"),
+    ],
+)
+def test_what_cannot_be_rotary_embedding_is_refused(changes, problem):
+    with pytest.raises(ValueError, match=problem):
+        build_feature_map(kernel_spec("nonstationary", "hyperbolic", **{"rotary": "halves"} | changes))
