@@ -80,16 +80,13 @@ class AttentionCall:
             for row, ends in enumerate(boundaries)
         ]
 
+    def kernel_arguments(self) -> dict[str, Any]:
+        """What every form of the kernel's attention takes beside queries, keys and values."""
+        return {"scaling": self.scaling, "visible": self.visible(), "rotation": self.rotation}
+
     def kernel_weights(self) -> torch.Tensor:
         """The kernel's attention, with its window, as a float32 matrix (B, H, T, T)."""
-        return attention_weights(
-            self.feature_map,
-            self.query,
-            self.key,
-            scaling=self.scaling,
-            visible=self.visible(),
-            rotation=self.rotation,
-        )
+        return attention_weights(self.feature_map, self.query, self.key, **self.kernel_arguments())
 
     def softmax(self) -> torch.Tensor:
         """The model's own attention output, (B, T, H, D)."""
@@ -111,15 +108,7 @@ class AttentionCall:
 
     def kernel_only(self) -> torch.Tensor:
         """Flexformer attention with its kernel over all keys and no window, (B, T, H, D)."""
-        output = attend_without_window(
-            self.feature_map,
-            self.query,
-            self.key,
-            self.value,
-            scaling=self.scaling,
-            visible=self.visible(),
-            rotation=self.rotation,
-        )
+        output = attend_without_window(self.feature_map, self.query, self.key, self.value, **self.kernel_arguments())
         return output.transpose(1, 2).contiguous()
 
     def nothing(self) -> torch.Tensor:

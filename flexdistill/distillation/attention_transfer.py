@@ -121,15 +121,7 @@ class AttentionTransfer:
 def attention_rows(call: AttentionCall) -> AttentionRows:
     """What a layer's loss compares, with gradients for its kernel."""
     if is_tiled(call):
-        return tiled_rows(
-            call.feature_map,
-            call.query,
-            call.key,
-            call.value,
-            scaling=call.scaling,
-            visible=call.visible(),
-            rotation=call.rotation,
-        )
+        return tiled_rows(call.feature_map, call.query, call.key, call.value, **call.kernel_arguments())
     return quadratic_rows(call)
 
 

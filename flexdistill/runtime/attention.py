@@ -15,7 +15,7 @@ from .configuration_flexformer import KernelSpec
 from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap, Features
 from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
 from .near import Sinks, first_visible, near_sums, repeat, softmax_scores
-from .rotary import Rotation, kernel_side
+from .rotary import Rotation, both_sides, far_side, kernel_side, near_side
 
 _guard_counters: list["GuardCounter"] = []
 
@@ -59,7 +59,7 @@ class Memory:
             key=key.new_zeros(batch, heads, spec.window, size),
             value=value.new_zeros(batch, heads, spec.window, value.shape[-1]),
             visible=torch.zeros(batch, spec.window, dtype=torch.bool, device=key.device),
-            sinks=Sinks.empty(_near_side(key, spec), value, spec.sinks) if spec.sinks else None,
+            sinks=Sinks.empty(near_side(key, spec), value, spec.sinks) if spec.sinks else None,
         )
 
     def before(
@@ -125,23 +125,9 @@ def attend(
     if torch.is_autocast_enabled(device):  # as torch's own attention does
         dtype = torch.get_autocast_dtype(device)
         query, key, arguments["value"] = (x.to(dtype) for x in (query, key, value))
-    query, key = (_sides(x, rotation, feature_map.spec) for x in (query, key))
+    query, key = (both_sides(x, rotation, feature_map.spec) for x in (query, key))
     with torch.autocast(device, enabled=False):
         return feature_map(query, key, _attend, **arguments)
-
-
-def _sides(x: torch.Tensor, rotation: Rotation | None, spec: KernelSpec) -> torch.Tensor:
-    """Queries or keys (B, H, T, d) as the kernel sees them; where a window sees others, after those, (B, H, T, 2 d)."""
-    seen = kernel_side(x, rotation, spec)
-    return torch.cat([x, seen], dim=-1) if spec.window and spec.rotary else seen
-
-
-def _near_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
-    return sides[..., : spec.head_dim]
-
-
-def _far_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
-    return sides[..., -spec.head_dim :]
 
 
 def _check_boundaries(boundaries: list[int], query: torch.Tensor, servable: bool) -> None:
@@ -190,10 +176,10 @@ def _attend_in_torch(feature_map, query, key, value, scaling, visible, memory, k
     key, value, visible = memory.before(key, value, visible)
     near, sinks, leaving = None, None, visible[:, :length]
     if spec.window:
-        near_query, near_key = (_near_side(x, spec) for x in (query, key))
+        near_query, near_key = (near_side(x, spec) for x in (query, key))
         near, sinks, leaving = near_sums(near_query, near_key, value, visible, spec.window, scaling, memory.sinks)
     context = Context(memory.seen, memory.seen - spec.window, leaving)
-    far_query, far_key = _far_side(query, spec), _far_side(key[:, :, :length], spec)
+    far_query, far_key = far_side(query, spec), far_side(key[:, :, :length], spec)
     features = _features(feature_map, far_query, far_key, scaling, context)
     far, state = causal_sums(features, _per_state_head(value[:, :, :length], spec), memory.state)
     output = _normalise(feature_map, far, near, features.query_log_scale)

@@ -39,7 +39,7 @@ from .launch import (
     window_launch,
 )
 from .linear_attention import State
-from .rotary import Rotation
+from .rotary import Rotation, far_side, near_side
 from .triton_decode import decode_kernel
 from .triton_forward import outputs_kernel
 from .triton_window import window_forward_kernel
@@ -296,9 +296,9 @@ class FusedAttention:
 def _call(feature_map, query, key, value, scaling, visible, state, past, final, packed=(None, None)):
     spec, spectrum = feature_map.spec, feature_map.spectrum()
     near_query = near_key = None
-    if query.shape[-1] > spec.head_dim:  # both sides, see `attention`
-        near_query, query = query.split(spec.head_dim, dim=-1)
-        near_key, key = key.split(spec.head_dim, dim=-1)
+    if spec.window and spec.rotary:
+        near_query, near_key = near_side(query, spec), near_side(key, spec)
+        query, key = far_side(query, spec), far_side(key, spec)
     gate = constant_zeros(spec.num_heads, query.device)
     if spec.window:
         gate = GATE_UNIT * feature_map.window_gate.float()

@@ -76,6 +76,22 @@ def kernel_side(x: torch.Tensor, rotation: Rotation | None, spec: KernelSpec) ->
     return turned_back(x, rotation, spec.rotary, spec.rotary_pairs)
 
 
+def both_sides(x: torch.Tensor, rotation: Rotation | None, spec: KernelSpec) -> torch.Tensor:
+    """Queries or keys (B, H, T, d) as the kernel sees them; where a window sees others, after those, (B, H, T, 2 d)."""
+    seen = kernel_side(x, rotation, spec)
+    return torch.cat([x, seen], dim=-1) if spec.window and spec.rotary else seen
+
+
+def near_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
+    """Of `both_sides`, what the window sees."""
+    return sides[..., : spec.head_dim]
+
+
+def far_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
+    """Of `both_sides`, what the kernel sees."""
+    return sides[..., -spec.head_dim :]
+
+
 def turned_back(x: torch.Tensor, rotation: Rotation, layout: str, kept: int) -> torch.Tensor:
     """Queries or keys (B, H, T, d) without the turns of all but the first `kept` pairs, in their own dtype."""
     cos, sin = (angles(part, layout)[:, None, :, kept:].float() for part in rotation)
