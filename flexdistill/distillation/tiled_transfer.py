@@ -12,6 +12,7 @@ from ..losses import AttentionRows, over_queries, relative_output_error
 from ..runtime.attention import _features, count_guarded
 from ..runtime.backend import fused_operators
 from ..runtime.feature_maps import GATE_UNIT, Context, FeatureMap, Features
+from ..runtime.near import SINK, token_kinds
 from ..runtime.rotary import Rotation, kernel_side
 from . import transfer_operators
 from .transfer_operators import is_exact, tiles, transfer_op
@@ -21,7 +22,6 @@ def can_run(feature_map: FeatureMap, query: torch.Tensor, key: torch.Tensor, val
     """Whether `tiled_rows` can run on these inputs: where the fused kernels do, in at most single precision."""
     return (
         fused_operators(query.device) is not None
-        and not feature_map.spec.sinks
         and max(x.dtype.itemsize for x in (query, key, value)) <= 4
         and tiles(feature_map.num_features, _feature_dtype(feature_map, query, value), query, key, value) is not None
     )
@@ -71,6 +71,11 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
     far_query, far_key = (kernel_side(x, rotation, spec) for x in (query, key))
     features = _features(feature_map, far_query, far_key, scaling, Context(visible=visible))
     log_weight, mix = features.key_log_weight, features.query_log_scale
+    if spec.sinks:
+        if visible is None:
+            visible = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+        visible = token_kinds(visible, spec.sinks)
+        log_weight = log_weight.masked_fill((visible == SINK)[:, None], -torch.inf)
     if window:
         gate = GATE_UNIT * feature_map.window_gate.float()[:, None]
         mix = gate + mix if feature_map.calibrated else gate.expand(mix.shape)
@@ -99,6 +104,7 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
         spec.causal,
         feature_map.signed,
         feature_map.calibrated,
+        spec.sinks > 0,
     )
     count_guarded(statistics[3] > 0)
     return AttentionRows(*rows[:3].unbind(), teacher, student)

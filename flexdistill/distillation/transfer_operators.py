@@ -36,6 +36,7 @@ def transfer_op(
     causal: bool,
     signed: bool,
     calibrated: bool,
+    sinks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows of `tiled_rows`, from features; every tensor is contiguous.
 
@@ -46,7 +47,7 @@ def transfer_op(
         mix: (B, H, T) float32, logarithm of the kernel's weight against the window's; read where there is a window.
         row_maximum: (B, S, T) float32, the largest log-weight that a row sees outside its window.
         query, key, value, scaling: as in `tiled_rows`, queries and keys of one dtype.
-        visible: (B, T) uint8.
+        visible: (B, T) uint8: what each token is (`near.token_kinds`); sinks' log_weight is -inf, too.
 
     Returns:
         (4, B, H, T): cross-entropy, entropy, negative mass, the teacher's share of keys whose weight is not below the
@@ -61,11 +62,11 @@ def transfer_op(
     features, visible = (q_features, k_features, _pointer(decay, mix), log_weight), _pointer(visible, mix)
     _kernels().totals_kernel[_grid(q_features, kept)](
         *features, k_norm, row_maximum, mix, query, key, visible, statistics, *sizes,
-        SIGNED_GUARD if signed else POSITIVE_GUARD, CALIBRATED=calibrated, **settings,
+        SIGNED_GUARD if signed else POSITIVE_GUARD, CALIBRATED=calibrated, SINKS=sinks, **settings,
     )  # fmt: skip
     _kernels().rows_kernel[_grid(q_features, kept)](
         *features, row_maximum, query, key, value, visible, rows, teacher, student, statistics, *sizes, LEAST_WEIGHT,
-        **_for_three_programs(settings | _value_settings(value), q_features),
+        SINKS=sinks, **_for_three_programs(settings | _value_settings(value), q_features),
     )  # fmt: skip
     return rows, teacher, student, statistics
 
@@ -130,7 +131,7 @@ def _gradients(q_features, k_features, log_weight, statistics):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q_features, k_features, decay, log_weight, _, row_maximum, _, query, key, value, visible, *settings, _ = inputs
+    q_features, k_features, decay, log_weight, _, row_maximum, _, query, key, value, visible, *settings, _, _ = inputs
     rows, _, student, statistics = output
     ctx.save_for_backward(
         rows, student, statistics, q_features, k_features, decay, log_weight, row_maximum, query, key, value, visible
@@ -176,7 +177,7 @@ def _backward(ctx, d_rows, _, d_student, __):
         by_query = by_query.unflatten(0, (decay.shape[0], -1)).sum(1)
         d_decay = DECAY_BLOCK * (((position + window) // DECAY_BLOCK * by_key).sum((0, 2)) - by_query)
     d_features = (d_q_features.to(q_features.dtype), d_k_features.to(k_features.dtype))
-    return *d_features, d_decay, d_log_weight, d_mix, *(None,) * 11
+    return *d_features, d_decay, d_log_weight, d_mix, *(None,) * 12
 
 
 def _norm(features: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,15 @@ def seen_pairs(VISIBLE, row, column, LENGTH, DELAY, CAUSAL: tl.constexpr, MASKED
 
 
 @triton.jit
+def far_pairs(VISIBLE, seen, row, column, LENGTH, WINDOW, SINKS: tl.constexpr):
+    """Of the pairs that are seen, those that neither the window nor sinks serve."""
+    far = seen & (row - column >= WINDOW)
+    if SINKS:
+        far = far & (tl.load(VISIBLE + column, inside(column, LENGTH), 0) != 2)
+    return far
+
+
+@triton.jit
 def add_softmax(logits, maximum, total):
     """A running maximum and sum of exp2(logits - maximum), after one more tile."""
     larger = tl.maximum(maximum, tl.max(logits, 1))

@@ -20,6 +20,7 @@ from .triton_tiles import (
     LN2,
     LOG2E,
     add_softmax,
+    far_pairs,
     far_weights,
     finite,
     head_of,
@@ -38,8 +39,8 @@ def totals_kernel(
     Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, K_NORM, ROW_MAXIMUM, MIX, Q, K, VISIBLE, STATISTICS,
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, CALIBRATED: tl.constexpr, MASKED: tl.constexpr,
-    DECAY: tl.constexpr, DECAY_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SINKS: tl.constexpr, SIGNED: tl.constexpr, CALIBRATED: tl.constexpr,
+    MASKED: tl.constexpr, DECAY: tl.constexpr, DECAY_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each row's sums over all its keys, without which no weight is known."""
     start, pair, batch, state_pair, kv_pair = queries_of_program(HEADS, STATE_HEADS, KV_HEADS, QUERIES)
@@ -71,7 +72,7 @@ def totals_kernel(
         maximum, total = add_softmax(logits, maximum, total)
         far = seen
         if WINDOWED:
-            far = seen & (row[:, None] - column[None, :] >= WINDOW)
+            far = far_pairs(VISIBLE, seen, row[:, None], column[None, :], LENGTH, WINDOW, SINKS)
             near_maximum, near_total = add_softmax(tl.where(far, float("-inf"), logits), near_maximum, near_total)
         blocks = start // DECAY_BLOCK - (first + WINDOW) // DECAY_BLOCK
         k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, blocks, BLOCK_F, DECAY, DECAY_BLOCK)
@@ -117,8 +118,8 @@ def rows_kernel(
     Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, ROWS, TEACHER, STUDENT, STATISTICS,
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr, DECAY: tl.constexpr,
-    DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SINKS: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr,
+    DECAY: tl.constexpr, DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both outputs and each row's losses, given its sums."""
     start, pair, batch, state_pair, kv_pair = queries_of_program(HEADS, STATE_HEADS, KV_HEADS, QUERIES)
@@ -151,7 +152,7 @@ def rows_kernel(
         share = tl.where(seen, tl.exp2(logits - log_sum), 0.0)
         far = seen
         if WINDOWED:
-            far = seen & (row[:, None] - column[None, :] >= WINDOW)
+            far = far_pairs(VISIBLE, seen, row[:, None], column[None, :], LENGTH, WINDOW, SINKS)
         blocks = start // DECAY_BLOCK - (first + WINDOW) // DECAY_BLOCK
         k_features = load_features(K_FEATURES, column, LENGTH, F, RATE, blocks, BLOCK_F, DECAY, DECAY_BLOCK)
         weight = far_weights(LOG_WEIGHT, scale, column[None, :], far, LENGTH) * far_scale

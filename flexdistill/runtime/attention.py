@@ -220,8 +220,13 @@ def _attend_remembering(fused, feature_map, query, key, value, scaling, visible,
         output, guarded, *state = fused.prefill(feature_map, query, key, value, scaling, visible, memory.state, 0)
         return output, guarded, Memory(State(*state), memory.key, memory.value, memory.visible)
     key, value, visible = memory.before(key, value, visible)
-    output, guarded, *state = fused.prefill(feature_map, query, key, value, scaling, visible, memory.state, window)
-    return output, guarded, Memory(State(*state), *_window_of(key, value, visible, length))
+    sinks, past, inputs = memory.sinks, window, (key, value, visible)
+    if sinks is not None:
+        inputs, past = sinks.before(key, value, visible), past + feature_map.spec.sinks
+        leaving = near_side(key, feature_map.spec)[:, :, :length], value[:, :, :length], visible[:, :length]
+        sinks, *_ = sinks.after(*leaving)
+    output, guarded, *state = fused.prefill(feature_map, query, *inputs[:2], scaling, inputs[2], memory.state, past)
+    return output, guarded, Memory(State(*state), *_window_of(key, value, visible, length), sinks=sinks)
 
 
 def attention_weights(

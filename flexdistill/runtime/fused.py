@@ -26,6 +26,7 @@ from .launch import (
     kernel_settings,
     key_map_tensors,
     key_states,
+    kinds_of,
     like_output,
     map_tensors,
     near_sides,
@@ -39,6 +40,7 @@ from .launch import (
     window_launch,
 )
 from .linear_attention import State
+from .near import kinds_and_spans, sink_spans
 from .rotary import Rotation, far_side, near_side
 from .triton_decode import decode_kernel
 from .triton_forward import outputs_kernel
@@ -56,6 +58,7 @@ def attention_op(
     near_query: torch.Tensor | None,
     near_key: torch.Tensor | None,
     visible: torch.Tensor | None,
+    spans: torch.Tensor | None,
     q_w1: torch.Tensor,
     q_w2: torch.Tensor | None,
     q_amplitude: torch.Tensor | None,
@@ -83,7 +86,9 @@ def attention_op(
 ]:  # fmt: skip
     """Attention of queries (B, H, T, d) to keys (B, K, past + T, d) and values (B, K, past + T, D).
 
-    The window takes the near queries and keys, of the same shapes, in their place where they are given.
+    The window takes the near queries and keys, of the same shapes, in their place where they are given. `visible` is
+    bool or, with sinks, what each key is (`near.token_kinds`), and `spans` where the sinks are: int32 (B, 2) or, in
+    packed sequences, (T, 2) by query.
     Returns the output (B, H, T, D); of each row its reference and shift (see `outputs_kernel`), whether it was guarded
     and, with a window, log2 of its whole sum; which segments were flagged; and where `final`, the state's values
     (B, S, D + 1, F), norms and maximum after the last position.
@@ -93,7 +98,8 @@ def attention_op(
     settings = kernel_settings(q_w2, q_amplitude, decay, visible, segments, query)
     initial = (initial_values, initial_norms, initial_maximum)
     k_map = key_map_tensors(decay, k_w1, k_w2, k_amplitude, k_norm_factor)
-    visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
+    kinds, entering = kinds_of(visible, spans)
+    visible = q_w1 if entering is None else entering
     states_settings = dict(settings, INITIAL=initial_values is not None)
     initial = tuple(q_w1 if x is None else x for x in initial)
     table = q_w1 if segments is None else segments
@@ -112,7 +118,7 @@ def attention_op(
         sides = near_sides(query, key, near_query, near_key)
         window_launch(
             window_forward_kernel, shape, settings, shape.length, (*sides, value, near),
-            (visible, q_w1 if first is None else first, near, near_lse), scaling, past, window,
+            (kinds, first, spans), (near, near_lse), scaling, past, window,
         )  # fmt: skip
     flags = torch.empty(shape.batch * shape.heads, shape.segments, dtype=torch.int32, device=query.device)
     for exact in (False, True) if causal else (False,):
@@ -128,7 +134,7 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(query, key, value, near_query, near_key, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2,
+def _(query, key, value, near_query, near_key, visible, spans, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2,
       k_amplitude, k_norm_factor, decay, gate, initial_values, initial_norms, initial_maximum, segments, first, causal,
       window, past, scale, scaling, final):  # fmt: skip
     batch, heads, length, _ = query.shape
@@ -159,7 +165,7 @@ def _backward(ctx, d_output, *_):
     gradients = attention_backward_op(d_output, *saved, *ctx.settings)
     d_query, d_key, d_value, d_near_query, d_near_key, d_q_map, d_k_map = gradients
     near = (None, None) if saved[9] is None else (d_near_query, d_near_key)
-    q_w1, q_w2, q_amplitude, _, k_w1, k_w2, k_amplitude, _, decay = saved[12:21]
+    q_w1, q_w2, q_amplitude, _, k_w1, k_w2, k_amplitude, _, decay = saved[13:22]
     *q_gradients, d_gate, q_moments = split_map(d_q_map, q_w1, q_w2, q_amplitude)
     *k_gradients, _, k_moments = split_map(d_k_map, k_w1, k_w2, k_amplitude)
     d_decay = None
@@ -169,7 +175,7 @@ def _backward(ctx, d_output, *_):
         _, window, *_ = ctx.settings
         q_moments = q_moments.unflatten(0, (decay.shape[0], -1)).sum(1)
         d_decay = k_moments + window * k_gradients[2] - q_moments
-    return d_query, d_key, d_value, *near, None, *q_gradients, *k_gradients, d_decay, d_gate, *(None,) * 11
+    return d_query, d_key, d_value, *near, None, None, *q_gradients, *k_gradients, d_decay, d_gate, *(None,) * 11
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -241,8 +247,6 @@ class FusedAttention:
         obstacle = None
         if not feature_map.has_spectrum:
             obstacle = f"the kernel {spec.variant} is not theirs"
-        elif spec.sinks:
-            obstacle = "they have no sinks"
         elif query.dtype not in LARGEST_SIZE:
             obstacle = f"they do not compute in {query.dtype}"
         elif max(spec.head_dim, spec.num_frequencies, value.shape[-1]) > LARGEST_SIZE[query.dtype]:
@@ -268,18 +272,28 @@ class FusedAttention:
     @staticmethod
     def attend(feature_map, query, key, value, scaling, visible, boundaries: list[int] | None = None):
         """Output and which rows were guarded; with `boundaries`, of sequences laid end to end."""
-        packed = (None, None)
+        packed, spans, spec = (None, None), None, feature_map.spec
+        if spec.sinks:
+            if visible is None:
+                visible = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+            visible, spans = kinds_and_spans(visible, spec.sinks, boundaries)
         if boundaries is not None:
             longest = segment_length(query.shape[1], query.shape[2], processors_of(query.device))
             packed = packed_segments(boundaries, longest, query.device)
-        output, _, _, guarded, *_ = _call(feature_map, query, key, value, scaling, visible, None, 0, False, packed)
+        output, _, _, guarded, *_ = _call(
+            feature_map, query, key, value, scaling, visible, spans, None, 0, False, packed
+        )
         return output, guarded
 
     @staticmethod
     def prefill(feature_map, query, key, value, scaling, visible, state: State | None, past: int):
-        """Output, which rows were guarded, and the values, norms and maximum of the state after the last position."""
+        """Output, which rows were guarded, and the values, norms and maximum of the state after the last position.
+
+        `past` keys come before the first query's own. With sinks, `visible` says what each key is (`near.token_kinds`).
+        """
+        spans = sink_spans(visible) if feature_map.spec.sinks else None
         output, _, _, guarded, *_, values, norms, maximum = _call(
-            feature_map, query, key, value, scaling, visible, state, past, True
+            feature_map, query, key, value, scaling, visible, spans, state, past, True
         )
         return output, guarded, values, norms, maximum
 
@@ -293,7 +307,7 @@ class FusedAttention:
         )  # fmt: skip
 
 
-def _call(feature_map, query, key, value, scaling, visible, state, past, final, packed=(None, None)):
+def _call(feature_map, query, key, value, scaling, visible, spans, state, past, final, packed=(None, None)):
     spec, spectrum = feature_map.spec, feature_map.spectrum()
     near_query = near_key = None
     if spec.window and spec.rotary:
@@ -304,6 +318,6 @@ def _call(feature_map, query, key, value, scaling, visible, state, past, final, 
         gate = GATE_UNIT * feature_map.window_gate.float()
     state = (None, None, None) if state is None else (state.values, state.norms, state.maximum)
     return attention_op(
-        query, key, value, near_query, near_key, visible, *spectrum.query, *spectrum.key, spectrum.decay, gate, *state,
-        *packed, spec.causal, spec.window, past, scaling * query.shape[-1] ** 0.5, scaling, final,
+        query, key, value, near_query, near_key, visible, spans, *spectrum.query, *spectrum.key, spectrum.decay, gate,
+        *state, *packed, spec.causal, spec.window, past, scaling * query.shape[-1] ** 0.5, scaling, final,
     )  # fmt: skip

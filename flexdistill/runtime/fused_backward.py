@@ -15,6 +15,7 @@ from .launch import (
     kernel_settings,
     key_map_tensors,
     key_states,
+    kinds_of,
     map_tensors,
     near_sides,
     power,
@@ -87,6 +88,7 @@ def attention_backward_op(
     near_query: torch.Tensor | None,
     near_key: torch.Tensor | None,
     visible: torch.Tensor | None,
+    spans: torch.Tensor | None,
     q_w1: torch.Tensor,
     q_w2: torch.Tensor | None,
     q_amplitude: torch.Tensor | None,
@@ -116,7 +118,8 @@ def attention_backward_op(
     pairs, length, guard = shape.batch * shape.heads, shape.length, guard_of(q_amplitude)
     q_map = map_tensors(q_w1, q_w2, q_amplitude, q_norm_factor)
     k_map = key_map_tensors(decay, k_w1, k_w2, k_amplitude, k_norm_factor)
-    visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
+    kinds, entering = kinds_of(visible, spans)
+    visible = q_w1 if entering is None else entering
     table = q_w1 if segments is None else segments
 
     delta = torch.empty_like(row_shift)
@@ -178,13 +181,13 @@ def attention_backward_op(
         apart = near_query is not None
         # the window's kernels add to what is there
         targets = (torch.zeros_like(d_query), torch.zeros_like(d_key)) if apart else (d_query, d_key)
-        inputs = (visible, q_w1 if first is None else first, row_lse, delta, d_output)
+        inputs, keys = (row_lse, delta, d_output), (kinds, first, spans)
         for kernel, count, outputs in (
             (window_query_kernel, length, targets[:1]),
             (window_key_kernel, shape.keys, (targets[1], d_value)),
         ):
             window_launch(
-                kernel, shape, settings, count, (*near, value, d_output), (*inputs, *outputs), scaling, 0, window
+                kernel, shape, settings, count, (*near, value, d_output), keys, (*inputs, *outputs), scaling, 0, window
             )
         if apart:
             d_near_query = targets[0].to(query.dtype)
@@ -210,8 +213,8 @@ def _summed(parts: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 @attention_backward_op.register_fake
 def _(d_output, output, row_reference, row_shift, row_guarded, row_lse, row_flags, query, key, value, near_query,
-      near_key, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, decay, gate,
-      segments, first, causal, window, scale, scaling):  # fmt: skip
+      near_key, visible, spans, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor, decay,
+      gate, segments, first, causal, window, scale, scaling):  # fmt: skip
     size = flat_size(*q_w1.shape[1:], decay is not None)
     gradients = [x.new_empty(x.shape) for x in (query, key, value)]
     gradients += [x.new_empty(0 if near_key is None else x.shape) for x in (query, key)]

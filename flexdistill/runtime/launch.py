@@ -12,6 +12,7 @@ except ImportError as error:
     raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
 
 from .feature_maps import POSITIVE_GUARD, SIGNED_GUARD
+from .near import SEEN
 from .triton_states import scan_kernel, states_kernel
 
 # sequences that share a program when decoding: fewer load the frequencies more often, more leave processors idle
@@ -216,13 +217,24 @@ def scan(shape: Shape, heads, values, norms, maximum, running, table, decay, rev
     )  # fmt: skip
 
 
-def window_launch(kernel, shape, settings, length, strided, arguments, scaling, past, window) -> None:
+def kinds_of(visible: torch.Tensor | None, spans: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What keys are to the window, and whether they enter the state: uint8, None where all do."""
+    if visible is None:
+        return None, None
+    kinds = visible.to(torch.uint8).contiguous()
+    return kinds, kinds if spans is None else (kinds == SEEN).to(torch.uint8)
+
+
+def window_launch(kernel, shape, settings, length, strided, keys, arguments, scaling, past, window) -> None:
+    """`keys` holds what they are, where each one's sequence starts, and where its sinks are, or None."""
     query, key, value, output = strided
+    sinks = keys[2] is not None
+    keys = (query if x is None else x for x in keys)
     tile = 64 if max(shape.size, shape.value_size) <= 64 else 32
     kernel[(triton.cdiv(length, tile), shape.batch * shape.heads)](
-        query, key, value, *arguments, *token_strides(query, key, value, output), shape.heads, shape.kv_heads,
-        shape.length, shape.keys, past, window, shape.size, shape.value_size, scaling,
+        query, key, value, *keys, *arguments, *token_strides(query, key, value, output), shape.heads,
+        shape.kv_heads, shape.length, shape.keys, past, window, shape.size, shape.value_size, scaling,
         BLOCK_D=power(shape.size), BLOCK_V=power(shape.value_size), TILE=tile,
-        MASKED=settings["MASKED"], PACKED=settings["PACKED"], DTYPE=settings["DTYPE"],
-        PRECISION=settings["PRECISION"], num_warps=4, num_stages=1,
+        **{name: settings[name] for name in ("MASKED", "PACKED", "DTYPE", "PRECISION")}, SINKS=sinks, num_warps=4,
+        num_stages=1,
     )  # fmt: skip

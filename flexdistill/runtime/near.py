@@ -6,10 +6,14 @@ among the first visible ones.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from .linear_attention import RowSums
+
+# what a key is: hidden from every query, seen until it leaves the window and by the kernel from then on, or a sink
+HIDDEN, SEEN, SINK = 0, 1, 2
 
 
 @dataclass
@@ -28,6 +32,17 @@ class Sinks:
             value=value.new_zeros(batch, heads, places, value.shape[-1]),
             taken=torch.zeros(batch, dtype=torch.int64, device=key.device),
         )
+
+    def before(
+        self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All places, followed by the keys (B, K, T, d or 2 d), values and kinds of tokens that come after them."""
+        count = self.key.shape[2]
+        # where the kernel's side of a key follows the window's, a sink has none
+        sinks = torch.nn.functional.pad(self.key, (0, key.shape[-1] - self.key.shape[-1]))
+        taken = torch.arange(count, device=key.device) < self.taken[:, None]
+        kinds = [SINK * taken.to(torch.uint8), token_kinds(visible, count, self.taken)]
+        return torch.cat([sinks, key], 2), torch.cat([self.value, value], 2), torch.cat(kinds, 1)
 
     def after(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
@@ -51,6 +66,35 @@ class Sinks:
         sinks = Sinks(placed(self.key, key), placed(self.value, value), rank[:, -1].clamp_max(len(places)))
         never = torch.where(places < self.taken[:, None], -1, length)
         return sinks, torch.where(arrives, arrival, never), chosen
+
+
+def token_kinds(visible: torch.Tensor, count: int, taken: torch.Tensor | None = None) -> torch.Tensor:
+    """What each of the tokens (B, T) is, uint8, where `taken` (B,) of `count` places for sinks were in use before."""
+    rank = visible.cumsum(1)
+    if taken is not None:
+        rank = rank + taken[:, None]
+    return visible.to(torch.uint8) + (visible & (rank <= count)).to(torch.uint8)
+
+
+def sink_spans(kinds: torch.Tensor) -> torch.Tensor:
+    """From which index to which the sinks of each sequence lie, the end excluded: int32 (B, 2), zeros without any."""
+    sinks = (kinds == SINK).int()
+    spans = torch.stack([sinks.argmax(1), kinds.shape[1] - sinks.flip(1).argmax(1)], dim=1)
+    return torch.where(sinks.amax(1, keepdim=True) > 0, spans, 0).int()
+
+
+def kinds_and_spans(
+    visible: torch.Tensor, count: int, boundaries: list[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_kinds` and `sink_spans` of tokens (B, T); with `boundaries`, of sequences end to end, spans by query."""
+    if boundaries is None:
+        kinds = token_kinds(visible, count)
+        return kinds, sink_spans(kinds)
+    kinds, spans = [], []
+    for start, end in pairwise(boundaries):
+        kinds.append(token_kinds(visible[:, start:end], count))
+        spans.append((start + sink_spans(kinds[-1])).expand(end - start, 2))
+    return torch.cat(kinds, dim=1), torch.cat(spans)
 
 
 def first_visible(visible: torch.Tensor, count: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Fused softmax attention of each query to its nearest keys: the exact part of a layer with a window.
 
-A query at position p sees the keys of indices p + PAST - WINDOW + 1 to p + PAST, where PAST keys come before the first
-query's own. The backward pass takes the log-sum of the whole row, the kernel's part included, so both parts' gradients
-simply add.
+A query at position p sees the keys of indices p + PAST - SPAN + 1 to p + PAST, where PAST keys come before the first
+query's own, and all earlier sinks (see `near.token_kinds`). The backward pass takes the log-sum of the whole row, the
+kernel's part included, so both parts' gradients simply add.
 """
 
 try:
@@ -25,27 +25,49 @@ def load_columns(X, stride, index, valid, SIZE, BLOCK: tl.constexpr):
 @triton.jit
 def band(
     VISIBLE, FIRST, position, index, LENGTH, KEYS, PAST, SPAN,
-    MASKED: tl.constexpr, PACKED: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Which queries (rows) see which keys (columns)."""
+    """Which queries (rows) see which keys (columns) before index KEYS."""
     distance = position[:, None] + PAST - index[None, :]
-    seen = (distance >= 0) & (distance < SPAN) & (position < LENGTH)[:, None]
+    seen = (distance >= 0) & (position < LENGTH)[:, None]
     known = (index >= 0) & (index < KEYS)
+    near = distance < SPAN
     if MASKED:
-        known = known & (tl.load(VISIBLE + index, known, 0) != 0)
-    seen = seen & known[None, :]
+        kind = tl.load(VISIBLE + index, known, 0)
+        known = known & (kind != 0)
+        if SINKS:
+            near = near | (kind == 2)[None, :]
+    seen = seen & near & known[None, :]
     if PACKED:
         seen = seen & (index[None, :] >= tl.load(FIRST + position, position < LENGTH, 0)[:, None])
     return seen
 
 
 @triton.jit
+def sinks_before(SPANS, row, low, SINKS: tl.constexpr, TILE: tl.constexpr):
+    """Where a row's sinks start, where those before index `low` end, and how many tiles hold them."""
+    first, end = 0, 0
+    if SINKS:
+        first, end = tl.load(SPANS + 2 * row), tl.minimum(tl.load(SPANS + 2 * row + 1), low)
+    return first, end, tl.cdiv(tl.maximum(end - first, 0), TILE)
+
+
+@triton.jit
+def near_tile(step, first, end, before, low, KEYS, TILE: tl.constexpr):
+    """The first index of a tile of keys and where its keys end: the sinks' tiles come before the window's."""
+    return (
+        tl.where(step < before, first + step * TILE, low + (step - before) * TILE),
+        tl.where(step < before, end, KEYS),
+    )
+
+
+@triton.jit
 def window_forward_kernel(
-    Q, K, V, VISIBLE, FIRST, OUT, LSE,
+    Q, K, V, VISIBLE, FIRST, SPANS, OUT, LSE,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     HEADS, KV_HEADS, LENGTH, KEYS, PAST, SPAN, D, DV, SCALE,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output of the window alone, normalised, and the log2 of its sum."""
     start, pair = tl.program_id(0) * TILE, tl.program_id(1)
@@ -60,11 +82,14 @@ def window_forward_kernel(
     maximum = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     output = tl.zeros((TILE, BLOCK_V), tl.float32)
-    for tile in range(tl.maximum(start + PAST - SPAN + 1, 0), tl.minimum(start + TILE + PAST, KEYS), TILE):
+    low, high = tl.maximum(start + PAST - SPAN + 1, 0), tl.minimum(start + TILE + PAST, KEYS)
+    first, end, before = sinks_before(SPANS, start if PACKED else batch, low, SINKS, TILE)
+    for step in range(0, before + tl.cdiv(high - low, TILE)):
+        tile, limit = near_tile(step, first, end, before, low, KEYS, TILE)
         index = tile + tl.arange(0, TILE)
-        key = load_columns(K, k_token, index, index < KEYS, D, BLOCK_D).to(DTYPE)
-        value = load_rows(V, v_token, index, index < KEYS, 0, DV, BLOCK_V).to(DTYPE)
-        seen = band(VISIBLE, FIRST, position, index, LENGTH, KEYS, PAST, SPAN, MASKED, PACKED)
+        key = load_columns(K, k_token, index, index < limit, D, BLOCK_D).to(DTYPE)
+        value = load_rows(V, v_token, index, index < limit, 0, DV, BLOCK_V).to(DTYPE)
+        seen = band(VISIBLE, FIRST, position, index, LENGTH, limit, PAST, SPAN, MASKED, PACKED, SINKS)
         logits = tl.dot(query, key, input_precision=PRECISION) * (SCALE * LOG2E)
         logits = tl.where(seen, logits, float("-inf"))
         larger = tl.maximum(maximum, tl.max(logits, 1))
@@ -83,11 +108,11 @@ def window_forward_kernel(
 
 @triton.jit
 def window_query_kernel(
-    Q, K, V, VISIBLE, FIRST, LSE, DELTA, D_OUT, D_Q,
+    Q, K, V, VISIBLE, FIRST, SPANS, LSE, DELTA, D_OUT, D_Q,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     HEADS, KV_HEADS, LENGTH, KEYS, PAST, SPAN, D, DV, SCALE,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the window's part to the queries' gradient (B, H, T, d), float32."""
     start, pair = tl.program_id(0) * TILE, tl.program_id(1)
@@ -105,11 +130,14 @@ def window_query_kernel(
     d_out = load_rows(D_OUT, o_token, position, inside, 0, DV, BLOCK_V).to(DTYPE)
     lse, delta = tl.load(LSE + rows, inside, 0.0), tl.load(DELTA + rows, inside, 0.0)
     d_query = tl.zeros((TILE, BLOCK_D), tl.float32)
-    for tile in range(tl.maximum(start + PAST - SPAN + 1, 0), tl.minimum(start + TILE + PAST, KEYS), TILE):
+    low, high = tl.maximum(start + PAST - SPAN + 1, 0), tl.minimum(start + TILE + PAST, KEYS)
+    first, end, before = sinks_before(SPANS, start if PACKED else batch, low, SINKS, TILE)
+    for step in range(0, before + tl.cdiv(high - low, TILE)):
+        tile, limit = near_tile(step, first, end, before, low, KEYS, TILE)
         index = tile + tl.arange(0, TILE)
-        key = load_columns(K, k_token, index, index < KEYS, D, BLOCK_D).to(DTYPE)
-        value = load_columns(V, v_token, index, index < KEYS, DV, BLOCK_V).to(DTYPE)
-        seen = band(VISIBLE, FIRST, position, index, LENGTH, KEYS, PAST, SPAN, MASKED, PACKED)
+        key = load_columns(K, k_token, index, index < limit, D, BLOCK_D).to(DTYPE)
+        value = load_columns(V, v_token, index, index < limit, DV, BLOCK_V).to(DTYPE)
+        seen = band(VISIBLE, FIRST, position, index, LENGTH, limit, PAST, SPAN, MASKED, PACKED, SINKS)
         logits = tl.dot(query, key, input_precision=PRECISION) * (SCALE * LOG2E)
         weights = tl.where(seen, tl.exp2(logits - finite(lse)[:, None]), 0.0)
         d_logits = weights * (tl.dot(d_out, value, input_precision=PRECISION) - delta[:, None])
@@ -122,11 +150,11 @@ def window_query_kernel(
 
 @triton.jit
 def window_key_kernel(
-    Q, K, V, VISIBLE, FIRST, LSE, DELTA, D_OUT, D_K, D_V,
+    Q, K, V, VISIBLE, FIRST, SPANS, LSE, DELTA, D_OUT, D_K, D_V,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     HEADS, KV_HEADS, LENGTH, KEYS, PAST, SPAN, D, DV, SCALE,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the window's part to the gradients of keys and values (B, H, T', d), float32, per query head."""
     start, pair = tl.program_id(0) * TILE, tl.program_id(1)
@@ -142,14 +170,18 @@ def window_key_kernel(
     value = load_columns(V, v_token, index, index < KEYS, DV, BLOCK_V).to(DTYPE)
     d_key = tl.zeros((TILE, BLOCK_D), tl.float32)
     d_value = tl.zeros((TILE, BLOCK_V), tl.float32)
-    for tile in range(tl.maximum(start - PAST, 0), tl.minimum(start + TILE - PAST + SPAN - 1, LENGTH), TILE):
+    end = tl.minimum(start + TILE - PAST + SPAN - 1, LENGTH)
+    if SINKS:
+        kind = tl.load(VISIBLE + index, index < KEYS, 0)
+        end = tl.where(tl.max(kind, 0) == 2, LENGTH, end)
+    for tile in range(tl.maximum(start - PAST, 0), end, TILE):
         position = tile + tl.arange(0, TILE)
         inside = position < LENGTH
         rows = pair.to(tl.int64) * LENGTH + position
         query = load_rows(Q, q_token, position, inside, 0, D, BLOCK_D).to(DTYPE)
         d_out = load_rows(D_OUT, o_token, position, inside, 0, DV, BLOCK_V).to(DTYPE)
         lse, delta = tl.load(LSE + rows, inside, 0.0), tl.load(DELTA + rows, inside, 0.0)
-        seen = band(VISIBLE, FIRST, position, index, LENGTH, KEYS, PAST, SPAN, MASKED, PACKED)
+        seen = band(VISIBLE, FIRST, position, index, LENGTH, KEYS, PAST, SPAN, MASKED, PACKED, SINKS)
         logits = tl.dot(query, key, input_precision=PRECISION) * (SCALE * LOG2E)
         weights = tl.where(seen, tl.exp2(logits - finite(lse)[:, None]), 0.0)
         d_value = tl.dot(tl.trans(weights.to(DTYPE)), d_out, d_value, input_precision=PRECISION)

@@ -35,8 +35,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIELDS = [field.name for field in fields(AttentionRows)]
 every_sight = pytest.mark.parametrize(
     "sight",
-    [dict(window=0), dict(window=5), dict(causal=False)],
-    ids=["causal", "window", "bidirectional"],
+    [dict(window=0), dict(window=5), dict(window=5, sinks=3), dict(causal=False)],
+    ids=["causal", "window", "sinks", "bidirectional"],
 )
 
 
@@ -139,10 +139,10 @@ class GivenFeatures:
 
     calibrated = True
 
-    def __init__(self, length, *, signed, spread, window=0, causal=True):
+    def __init__(self, length, *, signed, spread, **sight):
         generator = torch.Generator().manual_seed(2)
         self.signed = signed
-        self.spec = kernel_spec("stationary", "hyperbolic", key_heads="kv", window=window, causal=causal)
+        self.spec = kernel_spec("stationary", "hyperbolic", key_heads="kv", **sight)
 
         def leaf(*shape):
             return torch.randn(*shape, generator=generator).to(DEVICE)
@@ -152,7 +152,7 @@ class GivenFeatures:
         if not signed:
             features[0], features[2] = features[0].exp(), features[2].exp()
         self.parameters = [x.requires_grad_() for x in features]
-        self.window_gate = torch.zeros(HEADS, device=DEVICE, requires_grad=window > 0)
+        self.window_gate = torch.zeros(HEADS, device=DEVICE, requires_grad=self.spec.window > 0)
 
     def __call__(self, query, key, function, **arguments):
         return function(self, query, key, **arguments)
@@ -278,8 +278,6 @@ def test_form_is_chosen_by_backend(monkeypatch):
     assert is_tiled(arguments)
     doubles = call(feature_map, *(x.double() for x in inputs(5)))
     assert not is_tiled(doubles) and attention_rows(doubles).teacher.shape == (2, HEADS, 5, HEAD_DIM - 3)
-    sinks = call(kernel("nonstationary", "hyperbolic", window=2, sinks=2).to(DEVICE), *inputs(5))
-    assert not is_tiled(sinks) and attention_rows(sinks).teacher.shape == (2, HEADS, 5, HEAD_DIM - 3)
     other_mask = call(feature_map, *inputs(5))
     other_mask.module.is_causal = False
     assert not is_tiled(other_mask)

@@ -7,8 +7,9 @@ from flexdistill.runtime import backend
 from flexdistill.runtime.attention import attend, attention_weights, count_guards
 from flexdistill.runtime.backend import VARIABLE, fused_operators
 from flexdistill.runtime.feature_maps import constant_zeros
+from flexdistill.runtime.near import kinds_and_spans
 from flexdistill.runtime.registry import feature_map_class, kernels
-from flexdistill.runtime.rotary import LAYOUTS, turned_back
+from flexdistill.runtime.rotary import LAYOUTS, part_of, turned_back
 
 from .kernels import HEADS, KV_HEADS, SCALING, kernel, query_key_value, relative_error, rotation
 
@@ -272,7 +273,7 @@ def test_training_after_inference_mode():
 @pytest.mark.parametrize("variant", ["nonstationary", "nonstationary+decay"])
 @pytest.mark.parametrize("window", [0, 4])
 def test_operators_fit_torch(variant, window):
-    """Schemas, fake kernels and autograd registration; a window sees queries and keys of its own."""
+    """Schemas, fake kernels and autograd registration; a window sees queries and keys of its own, and sinks."""
     from flexdistill.runtime.fused import attention_op, decode_op
 
     feature_map = kernel(variant, "hyperbolic", key_heads="kv")
@@ -280,12 +281,13 @@ def test_operators_fit_torch(variant, window):
     spectrum = feature_map.spectrum()
     gate = torch.zeros(HEADS)
     near = [x.detach().clone().requires_grad_() for x in (query, key)] if window else [None, None]
+    sinks = kinds_and_spans(torch.ones(1, 20, dtype=torch.bool), 2) if window else (None, None)
     arguments = (
         query,
         key,
         value,
         *near,
-        None,
+        *sinks,
         *spectrum.query,
         *spectrum.key,
         spectrum.decay,
@@ -355,10 +357,55 @@ def test_unknown_kernel_is_refused_when_triton_was_asked_for():
         attend(kernel("hedgehog", None), *query_key_value(4), scaling=SCALING)
 
 
-def test_sinks_are_torchs(monkeypatch):
-    feature_map, inputs = kernel("nonstationary", "hyperbolic", window=4, sinks=2), query_key_value(20)
-    with pytest.raises(ValueError, match="=triton cannot serve here: they have no sinks; unset it or choose torch"):
-        attend(feature_map, *inputs, scaling=SCALING)
-    fused = fused_operators(inputs[0].device)
-    monkeypatch.delenv(VARIABLE)
-    assert not fused.serves(feature_map, inputs[0], inputs[2])
+@pytest.mark.parametrize(
+    ("length", "window", "sinks", "side"),
+    [
+        (150, 5, 3, "none"),
+        (150, 5, 3, "left"),
+        (200, 40, 70, "left"),
+        (130, 5, 3, "gaps"),
+        (70, 64, 1, "all"),
+        (3, 2, 9, "none"),
+    ],
+)
+@pytest.mark.parametrize("rotary", [None, "halves"])
+def test_sinks_are_torchs(length, window, sinks, side, rotary, monkeypatch):
+    feature_map = kernel("nonstationary+decay", "hyperbolic", window=window, sinks=sinks, rotary=rotary)
+    visible = padding(length, "left" if side == "gaps" else side)
+    if side == "gaps":
+        visible[0, : length // 2 : 2] = False
+    arguments = dict(visible=visible, rotation=rotation(length) if rotary else None)
+    assert_same(both_backends(feature_map, query_key_value(length), monkeypatch, **arguments))
+
+
+@pytest.mark.parametrize("hidden", [0, 2])
+def test_sinks_of_packed_sequences_are_torchs(hidden, monkeypatch):
+    feature_map = kernel("nonstationary+decay", "hyperbolic", window=5, sinks=3)
+    visible = torch.ones(1, 150, dtype=torch.bool)
+    visible[:, 60 : 60 + hidden] = False
+    inputs, boundaries = query_key_value(150, batch=1), [0, 2, 60, 140, 150]
+    assert_same(both_backends(feature_map, inputs, monkeypatch, visible=visible, boundaries=boundaries))
+
+
+@pytest.mark.parametrize("pieces", [[40, 1, 1, 30], [1] * 9, [2, 1, 90]])
+@pytest.mark.parametrize("rotary", [None, "halves"])
+@torch.no_grad()
+def test_sinks_are_kept_through_prefill_and_decoding(pieces, rotary, monkeypatch):
+    feature_map = kernel("nonstationary+decay", "hyperbolic", window=4, sinks=3, rotary=rotary)
+    length = sum(pieces)
+    inputs, visible = query_key_value(length), padding(length, "left")
+    turns = rotation(length) if rotary else None
+    outputs = {}
+    for name in ("triton", "torch"):
+        monkeypatch.setenv(VARIABLE, name)
+        memory, start, outputs[name] = None, 0, []
+        for size in pieces:
+            part = slice(start, start + size)
+            output, memory = attend(
+                feature_map, *(x[:, :, part] for x in inputs), scaling=SCALING, visible=visible[:, part],
+                memory=memory, rotation=part_of(turns, 0, part),
+            )  # fmt: skip
+            outputs[name].append(output)
+            start += size
+    ours, theirs = (torch.cat(parts, dim=2) for parts in outputs.values())
+    assert relative_error(ours, theirs) <= 2e-5
