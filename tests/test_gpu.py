@@ -49,25 +49,28 @@ def test_attention_on_gpu_equals_cpu(variant, component, window, dtype, toleranc
     assert (actual.float().cpu() - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("window", [0, 64])
+@pytest.mark.parametrize("near", [{}, {"window": 64}, {"window": 64, "sinks": 4}], ids=["linear", "window", "sinks"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_rotary_embedding_is_taken_out_on_gpu_as_on_cpu(window, dtype, tolerance, monkeypatch):
+def test_rotary_embedding_is_taken_out_on_gpu_as_on_cpu(near, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     torch.manual_seed(0)
     settings = dict(
         num_heads=8, num_key_value_heads=4, head_dim=64, num_frequencies=64, rotary="halves", rotary_pairs=4
     )
-    feature_map = build_feature_map(kernel_spec("nonstationary+decay", "hyperbolic", window=window, **settings))
+    feature_map = build_feature_map(kernel_spec("nonstationary+decay", "hyperbolic", **near, **settings))
     feature_map.reset_parameters()
     shapes = [(2, 8, 500, 64), (2, 4, 500, 64), (2, 4, 500, 64)]
     inputs = [torch.randn(shape).to(dtype).float().requires_grad_() for shape in shapes]
     made, direction = rotation(500, size=64, start=100), torch.randn(2, 8, 500, 64)
+    visible = torch.ones(2, 500, dtype=torch.bool)
+    visible[1, :77] = False
     results = []
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
         feature_map.to(device)
         leaves = [x.detach().to(device, kind).requires_grad_() for x in inputs]
         turns = tuple(x.to(device) for x in made)
-        output, _ = attend(feature_map, *leaves, scaling=64**-0.5, rotation=turns, keep_memory=False)
+        seen = visible.to(device)
+        output, _ = attend(feature_map, *leaves, scaling=64**-0.5, visible=seen, rotation=turns, keep_memory=False)
         loss = (output.float() * direction.to(device)).sum()
         results.append([output, *torch.autograd.grad(loss, leaves)])
     for expected, actual in zip(*results, strict=True):
@@ -91,7 +94,8 @@ def test_doctor_finds_gpu_usable():
     assert {check["dtype"] for check in report["attention"]["checks"]} == {"float32", "bfloat16"}
 
 
-def test_conversion_on_gpu(tmp_path):
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_conversion_on_gpu(tmp_path, sinks):
     source = tmp_path / "tiny"
     source.mkdir()
     save_tiny(source, tiny_llama(), tiny_tokenizer())
@@ -99,6 +103,7 @@ def test_conversion_on_gpu(tmp_path):
         {
             "model": str(source),
             "kernel.window": 8,
+            "kernel.sinks": sinks,
             "data.source": "sample",
             "data.sequence_length": 64,
             "attention_transfer.steps": 5,

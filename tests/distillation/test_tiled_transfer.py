@@ -307,7 +307,7 @@ def test_operator_is_well_formed(decays):
         features.query.detach().requires_grad_(), features.key.detach().requires_grad_(), decay,
         features.key_log_weight.detach().requires_grad_(), features.query_log_scale.detach().requires_grad_(),
         features.key_log_weight.detach(), features.key.detach().norm(dim=-1), query, key, value, None,
-        SCALING, 2, True, not decays, True,
+        SCALING, 2, True, not decays, True, False,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(tiled_transfer.transfer_op, arguments, test_utils=checks)
