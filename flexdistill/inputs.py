@@ -177,14 +177,15 @@ def _read_mixture(recipe: Recipe, tokenizer, held_out: int) -> tuple[TokenRows, 
         trained = max(trained, 1)
         needed = (trained + held_back) * length + label_count * label_length
         stream = read_tokens(text, tokenizer, needed, folder)
-        training, first = split_held_out(cut(stream, length, trained + held_back), held_back)
-        kept.append(training)
+        kept_rows, first = split_held_out(cut(stream, length, trained + held_back), held_back)
+        kept.append(kept_rows)
         held.append(first)
         if label_rows:
             begin = (trained + held_back if len(stream) >= needed else held_back) * length
             labels.append(cut(stream[begin:], label_length, max(label_count, 1)))
     held_out_rows = TokenRows(tuple(held), weights).in_turn()
-    return TokenRows(tuple(kept), weights), held_out_rows, TokenRows(tuple(labels), weights) if label_rows else None
+    training = TokenRows(tuple(kept), weights, data.repeats)
+    return training, held_out_rows, TokenRows(tuple(labels), weights) if label_rows else None
 
 
 def input_hashes(model: PreTrainedModel, sequences: Sequences) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .packing import train_order
+from .repeats import repeat_spans
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class TokenRows:
 
     texts: tuple[torch.Tensor, ...]  # (N_i, T) each, of any integer dtype, possibly memory-mapped
     weights: tuple[float, ...] = (1.0,)
+    repeats: float = 0.0  # share of the rows in which spans come again
 
     def __len__(self) -> int:
         return sum(map(len, self.texts))
@@ -34,6 +36,8 @@ class TokenRows:
             mine = (rows >= start) & (rows < start + len(text))
             result[mine] = text[rows[mine] - start].long()
             start += len(text)
+        if self.repeats:
+            repeat_spans(result, rows, self.repeats)
         return result
 
     def order(self, count: int, seed: int) -> torch.Tensor:

@@ -116,6 +116,9 @@ class DataRecipe(TextRecipe):
     )
     sequence_length: int = Field(512, ge=2, description="tokens per sequence")
     validation_sequences: int = Field(16, ge=1, description="held out where a stage validates")
+    repeats: float = Field(
+        0.0, ge=0, le=1, description="share of training sequences in which spans come again, as practice in recall"
+    )
     document_masks: bool = Field(
         False, description="while training, attention and positions begin anew after each end-of-text token"
     )
