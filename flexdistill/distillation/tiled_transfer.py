@@ -1,7 +1,8 @@
 """Attention transfer in linear memory: the teacher's and the student's rows tile by tile, never a T x T map.
 
-Features are made in torch, by any registered feature map, so autograd carries their gradients on to its parameters;
-what is quadratic runs in the kernels of `triton_transfer`. Time stays quadratic in T, because the teacher's softmax is.
+Hyperbolic features are made in one kernel (`transfer_features`), all others in torch, by any registered feature map;
+autograd carries their gradients on to its parameters. What is quadratic runs in the kernels of `triton_transfer`. Time
+stays quadratic in T, because the teacher's softmax is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..runtime.feature_maps import GATE_UNIT, Context, FeatureMap, Features
 from ..runtime.near import SINK, token_kinds
 from ..runtime.rotary import Rotation, kernel_side
 from . import transfer_operators
+from .transfer_features import are_fused, fused_features
 from .transfer_operators import is_exact, tiles, transfer_op
 
 
@@ -69,7 +71,11 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
     spec = feature_map.spec
     window = spec.window if spec.causal else 0
     far_query, far_key = (kernel_side(x, rotation, spec) for x in (query, key))
-    features = _features(feature_map, far_query, far_key, scaling, Context(visible=visible))
+    if not query.is_cuda:  # Triton's interpreter cannot multiply bf16
+        query, key, value = query.float(), key.float(), value.float()
+    dtype = _feature_dtype(feature_map, query, value)
+    make = fused_features if are_fused(feature_map, far_query, far_key) else _torch_features
+    features = make(feature_map, far_query, far_key, scaling, window, dtype, visible)
     log_weight, mix = features.key_log_weight, features.query_log_scale
     if spec.sinks:
         if visible is None:
@@ -80,16 +86,10 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
         gate = GATE_UNIT * feature_map.window_gate.float()[:, None]
         mix = gate + mix if feature_map.calibrated else gate.expand(mix.shape)
     k_norm = features.key.detach().norm(dim=-1) if feature_map.signed else log_weight.detach()
-    q_features, k_features = features.query, features.key
-    if features.decay is not None:
-        q_features, k_features = _relative_to_blocks(features, window)
-    if not query.is_cuda:  # Triton's interpreter cannot multiply bf16
-        query, key, value = query.float(), key.float(), value.float()
-    dtype = _feature_dtype(feature_map, query, value)
     logits_dtype = torch.promote_types(query.dtype, key.dtype)
     rows, teacher, student, statistics = transfer_op(
-        q_features.to(dtype).contiguous(),
-        k_features.to(dtype).contiguous(),
+        features.query.contiguous(),
+        features.key.contiguous(),
         features.decay,
         log_weight.contiguous(),
         mix.contiguous(),
@@ -123,11 +123,20 @@ def transfer_loss(
     return over_queries(rows.cross_entropy)[0] + relative_output_error(rows.teacher, rows.student)[0]
 
 
+def _torch_features(feature_map, query, key, scaling, window, dtype, visible) -> Features:
+    """As `fused_features`, of any map."""
+    features = _features(feature_map, query, key, scaling, Context(visible=visible))
+    if features.decay is not None:
+        features.query, features.key = _relative_to_blocks(features, window)
+    features.query, features.key = features.query.to(dtype), features.key.to(dtype)
+    return features
+
+
 def _relative_to_blocks(features: Features, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features whose products lack only the decay between their tokens' blocks."""
+    """Features whose products lack only the decay between their tokens' blocks; the decay gets no gradient here."""
     block = transfer_operators.DECAY_BLOCK
     position = torch.arange(features.query.shape[2], device=features.query.device)[:, None]
-    rates = features.decay[:, None]
+    rates = features.decay.detach()[:, None]
     query_rates = rates.repeat_interleave(features.query.shape[1] // len(rates), dim=0)
     query = features.query * (query_rates * (block // 2 - position % block)).exp()
     return query, features.key * (rates * ((position + window) % block - block // 2)).exp()

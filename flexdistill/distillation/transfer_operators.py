@@ -42,7 +42,7 @@ def transfer_op(
 
     Args:
         q_features: (B, H, T, F), k_features: (B, S, T, F): float32 or bf16, relative to blocks where they decay.
-        decay: (S, F) float32.
+        decay: (S, F) float32; its gradient is the whole one, through features that are relative to blocks, too.
         log_weight: (B, S, T) float32, -inf at padding; k_norm: (B, S, T), the norms of signed k_features.
         mix: (B, H, T) float32, logarithm of the kernel's weight against the window's; read where there is a window.
         row_maximum: (B, S, T) float32, the largest log-weight that a row sees outside its window.
@@ -94,40 +94,50 @@ def transfer_backward_op(
     window: int,
     causal: bool,
     signed: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of features (B, H, T, F) and (B, S, T, F), of keys' norms (B, S, T) and of far weights (B, H, T).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of features (B, H, T, F) and (B, S, T, F), log-weights (B, S, T), far weights (B, H, T); moments.
 
-    All are float32 and without what rows have in common; `gradients` (4, B, H, T) is what `load_row_numbers` reads.
+    Features' are in their dtype and those of signed queries without their norms'; all else is float32. Far weights' are
+    without what rows have in common. `gradients` (4, B, H, T) is what `load_row_numbers` reads. Of positions times
+    gradients of log features, moments (B, H, tiles, F) and (B, S, tiles, F) are each tile's sum; none without a decay.
     """
     kernels = _kernels()
-    d_q_features, d_k_features, d_norm, d_far = _gradients(q_features, k_features, log_weight, statistics)
+    kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
+    outputs = _gradients(q_features, k_features, decay, log_weight, statistics, window, kept)
+    d_q_features, d_k_features, d_log_weight, d_far, q_moments, k_moments = outputs
     tensors = (
         q_features, k_features, _pointer(decay, gradients), log_weight, row_maximum, query, key, value,
         _pointer(visible, gradients), statistics, d_student, gradients,
     )  # fmt: skip
     sizes = (*_sizes(q_features, k_features, key, value, window), scaling * _LOG2E, LEAST_WEIGHT)
-    kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
     settings = _settings(q_features, query, value, visible, decay, causal, signed, kept)
     settings = _for_three_programs(settings | _value_settings(value), q_features)
     settings["FEATURE_DTYPE"] = settings["VALUE_DTYPE"]
     kernels.query_gradient_kernel[_grid(q_features, kept)](
-        *tensors, d_q_features, d_far, *sizes, QUERIES=kept, KEYS=walked, WINDOWED=window > 0, **settings
+        *tensors, d_q_features, q_moments, d_far, *sizes, QUERIES=kept, KEYS=walked, WINDOWED=window > 0, **settings
     )
     # keys' tiles are aligned where they stand `window` later
     kernels.key_gradient_kernel[_grid(k_features, kept, window % kept)](
-        *tensors, d_k_features, d_norm, *sizes, QUERIES=walked, KEYS=kept, **settings
+        *tensors, d_k_features, k_moments, d_log_weight, *sizes, QUERIES=walked, KEYS=kept, **settings
     )
-    return d_q_features, d_k_features, d_norm, d_far
+    return outputs
 
 
 @transfer_backward_op.register_fake
-def _(gradients, d_student, statistics, q_features, k_features, decay, log_weight, *rest):
-    return _gradients(q_features, k_features, log_weight, statistics)
+def _(gradients, d_student, statistics, q_features, k_features, decay, log_weight, row_maximum, query, key, value,
+      visible, scaling, window, *settings):  # fmt: skip
+    kept, _ = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
+    return _gradients(q_features, k_features, decay, log_weight, statistics, window, kept)
 
 
-def _gradients(q_features, k_features, log_weight, statistics):
-    features = (torch.empty_like(x, dtype=torch.float32) for x in (q_features, k_features))
-    return *features, torch.zeros_like(log_weight), torch.zeros_like(statistics[0])
+def _gradients(q_features, k_features, decay, log_weight, statistics, window, tile):
+    moments = []
+    for features, before in ((q_features, 0), (k_features, window % tile)):
+        batch, heads, _, size = features.shape
+        count = 0 if decay is None else _grid(features, tile, before)[0]
+        moments.append(statistics.new_empty(batch, heads, count, size))
+    features = (torch.empty_like(x) for x in (q_features, k_features))
+    return *features, torch.empty_like(log_weight), torch.zeros_like(statistics[0]), *moments
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -157,35 +167,22 @@ def _backward(ctx, d_rows, _, d_student, __):
     if signed:
         d_bound = torch.where(guarded, -SIGNED_GUARD * far_scale * common, 0.0)
         # the bound is |phi(q)| sum_j exp(w_j - m) |phi(k_j)|; this is its gradient over the norm of a key
-        d_bound_by_key = d_bound * q_features.norm(dim=-1)
+        q_norm = q_features.norm(dim=-1)
+        d_bound_by_key = d_bound * q_norm
     gradients = torch.stack([d_cross_entropy, d_negative, common.masked_fill(guarded, 0.0), d_bound_by_key])
-    d_q_features, d_k_features, d_norm, d_far = transfer_backward_op(
+    d_q_features, d_k_features, d_log_weight, d_far, q_moments, k_moments = transfer_backward_op(
         gradients, d_student, statistics, q_features, k_features, decay, *saved, *ctx.settings
     )
     if signed:
-        d_q_features = d_q_features + _norm_gradient(q_features, d_bound * bound / _norm(q_features))
-        d_k_features = d_k_features + _norm_gradient(k_features, d_norm)
-    by_key = d_k_features * k_features
-    # scores and bounds are of degree one in a key's features, just as in exp(w)
-    d_log_weight = by_key.sum(-1)
+        q_norm = q_norm.clamp_min(torch.finfo(q_norm.dtype).tiny)
+        d_q_features = d_q_features + (d_bound * bound / q_norm / q_norm)[..., None] * q_features
     d_mix = d_far - far_share * common if window else d_far
     d_decay = None
     if decay is not None:
-        # between the blocks of query i and of key j, a pair counts exp(-decay * distance) times
-        position = torch.arange(q_features.shape[2], device=q_features.device)[:, None]
-        by_query = (position // DECAY_BLOCK * (d_q_features * q_features)).sum((0, 2))
-        by_query = by_query.unflatten(0, (decay.shape[0], -1)).sum(1)
-        d_decay = DECAY_BLOCK * (((position + window) // DECAY_BLOCK * by_key).sum((0, 2)) - by_query)
-    d_features = (d_q_features.to(q_features.dtype), d_k_features.to(k_features.dtype))
-    return *d_features, d_decay, d_log_weight, d_mix, *(None,) * 12
-
-
-def _norm(features: torch.Tensor) -> torch.Tensor:
-    return features.norm(dim=-1).clamp_min(torch.finfo(features.dtype).tiny)
-
-
-def _norm_gradient(features: torch.Tensor, d_norm: torch.Tensor) -> torch.Tensor:
-    return (d_norm / _norm(features))[..., None] * features
+        # a pair of query i and key j counts exp(-decay (i - j - window)) times
+        by_query = q_moments.sum((0, 2)).unflatten(0, (decay.shape[0], -1)).sum(1)
+        d_decay = k_moments.sum((0, 2)) - by_query
+    return d_q_features, d_k_features, d_decay, d_log_weight, d_mix, *(None,) * 12
 
 
 transfer_op.register_autograd(_backward, setup_context=_setup_context)

@@ -63,6 +63,14 @@ def store_tokens(X, x, index, LENGTH, SIZE, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_moment(MOMENTS, pair, d_log, position, F, BLOCK_F: tl.constexpr):
+    """Of a program's tokens and each feature, the sum of positions times gradients of its logarithm."""
+    f = tl.arange(0, BLOCK_F)
+    record = pair.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(MOMENTS + record * F + f, tl.sum(d_log * position.to(tl.float32)[:, None], 0), f < F)
+
+
+@triton.jit
 def seen_pairs(VISIBLE, row, column, LENGTH, DELAY, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
     """Which keys (columns) queries (rows) see, if they see them `DELAY` positions late; a tile or a transposed one."""
     valid = inside(column, LENGTH)

@@ -30,6 +30,7 @@ from .triton_tiles import (
     products,
     queries_of_program,
     seen_pairs,
+    store_moment,
     store_tokens,
 )
 
@@ -215,13 +216,16 @@ def product_gradient(
 @triton.jit
 def query_gradient_kernel(
     Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, STATISTICS, D_STUDENT, GRADIENTS,
-    D_FEATURES, D_FAR,
+    D_FEATURES, MOMENTS, D_FAR,
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr, DECAY: tl.constexpr,
     DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries' features, and of the logarithm of the far weights' common factor, denominator apart."""
+    """Gradient of the queries' features, and of the logarithm of the far weights' common factor, denominator apart.
+
+    Where features decay, MOMENTS are a program's share of the decay's gradient.
+    """
     start, pair, batch, state_pair, kv_pair = queries_of_program(HEADS, STATE_HEADS, KV_HEADS, QUERIES)
     K_FEATURES = head_of(K_FEATURES, state_pair, LENGTH, F)
     LOG_WEIGHT = head_of(LOG_WEIGHT, state_pair, LENGTH, 1)
@@ -260,6 +264,10 @@ def query_gradient_kernel(
         if WINDOWED:
             d_far += tl.sum(by_log, 1)
     store_tokens(head_of(D_FEATURES, pair, LENGTH, F), d_features, row, LENGTH, F, BLOCK_F)
+    if DECAY:
+        # loaded anew, because held all along they would take the registers that the loop needs
+        q_features = load_tokens(head_of(Q_FEATURES, pair, LENGTH, F), row, LENGTH, F, BLOCK_F)
+        store_moment(MOMENTS, pair, d_features * q_features, row, F, BLOCK_F)
     if WINDOWED:
         tl.store(head_of(D_FAR, pair, LENGTH, 1) + row, d_far, row < LENGTH)
 
@@ -267,13 +275,16 @@ def query_gradient_kernel(
 @triton.jit
 def key_gradient_kernel(
     Q_FEATURES, K_FEATURES, RATE, LOG_WEIGHT, ROW_MAXIMUM, Q, K, V, VISIBLE, STATISTICS, D_STUDENT, GRADIENTS,
-    D_FEATURES, D_NORM,
+    D_FEATURES, MOMENTS, D_LOG_WEIGHT,
     TOKENS, HEADS, STATE_HEADS, KV_HEADS, LENGTH, WINDOW, D, DV, F, SCALE, LEAST_WEIGHT,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_F: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CAUSAL: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr, DECAY: tl.constexpr,
     DECAY_BLOCK: tl.constexpr, VALUE_DTYPE: tl.constexpr, FEATURE_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the keys' features, their norms apart, and of these norms; a key map's query heads are summed."""
+    """Gradients of the keys' features and log-weights; a key map's query heads are summed.
+
+    Where features decay, MOMENTS are a program's share of the decay's gradient.
+    """
     start, state_pair = tl.program_id(0) * KEYS - WINDOW % KEYS, tl.program_id(1)
     group = HEADS // STATE_HEADS
     batch, first_head = state_pair // STATE_HEADS, state_pair % STATE_HEADS * group
@@ -320,6 +331,14 @@ def key_gradient_kernel(
         )
         if SIGNED:
             d_norm += tl.sum(weight * d_bound, 1)
-    store_tokens(head_of(D_FEATURES, state_pair, LENGTH, F), d_features, column, LENGTH, F, BLOCK_F)
     if SIGNED:
-        tl.store(head_of(D_NORM, state_pair, LENGTH, 1) + column, d_norm, inside(column, LENGTH))
+        norm = tl.sqrt(tl.sum(k_features * k_features, 1))
+        d_features += (d_norm / tl.where(norm > 0, norm, 1.0))[:, None] * k_features
+    store_tokens(head_of(D_FEATURES, state_pair, LENGTH, F), d_features, column, LENGTH, F, BLOCK_F)
+    # loaded anew, because held all along they would take the registers that the loop needs
+    k_features = load_tokens(head_of(K_FEATURES, state_pair, LENGTH, F), column, LENGTH, F, BLOCK_F)
+    d_log = d_features * k_features
+    # scores and bounds are of degree one in a key's features, just as in exp(w)
+    tl.store(head_of(D_LOG_WEIGHT, state_pair, LENGTH, 1) + column, tl.sum(d_log, 1), inside(column, LENGTH))
+    if DECAY:
+        store_moment(MOMENTS, state_pair, d_log, column + WINDOW, F, BLOCK_F)

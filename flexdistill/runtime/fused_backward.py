@@ -34,18 +34,26 @@ from .triton_window import window_key_kernel, window_query_kernel
 NAMESPACE = __name__.rsplit(".", 1)[0].replace(".", "_")
 
 
-def _map_gradients(x, x_map, d_features, scale, settings, parts: bool):
-    """Gradients of tokens x, one (B, H, T, d) for each query head, and of each head's map, flat."""
+def map_gradients(x, x_map, d_features, scale, settings, dtype: torch.dtype | None = None, features=None):
+    """Gradients of tokens x in `dtype`, one (B, H, T, d) for each query head, and of each head's map, flat.
+
+    Args:
+        x: (B, K, T, d), any strides but for contiguous rows; `scale` multiplies it.
+        x_map: W1 (M, d, n), W2, amplitudes and norm factor of M heads, K and M divide H; float32.
+        d_features: (slices, B, H, T, 2 n), to be summed over slices: gradients of the hyperbolic features' logarithms.
+        features: (B, H, T, 2 n); where they are given, `d_features` are gradients of them instead.
+        dtype: of the tokens' gradient; None for none of it.
+    """
     w1 = x_map[0]
     slices, batch, heads, length, _ = d_features.shape
     size, frequencies = w1.shape[1:]
     span = segment_length(batch * heads, length, processors_of(x.device))
     spans = -(-length // span)
-    d_x = torch.empty(batch, heads, length, size, dtype=torch.float32 if parts else x.dtype, device=x.device)
+    d_x = None if dtype is None else torch.empty(batch, heads, length, size, dtype=dtype, device=x.device)
     d_map = floats(x, batch, heads, spans, flat_size(size, frequencies, settings["DECAY"]))
     blocks = blocks_of(x.dtype)
     map_gradient_kernel[(spans, batch * heads)](
-        x, *x_map, d_features, d_x, d_map, *token_strides(x), heads, w1.shape[0], x.shape[1], length,
+        x, *x_map, features, d_features, d_x, d_map, *token_strides(x), heads, w1.shape[0], x.shape[1], length,
         d_features.stride(0), slices, span, size, frequencies, scale,
         BLOCK_D=power(size), BLOCK_N=power(frequencies), CHUNK=blocks.chunk,
         **{name: settings[name] for name in ("HYPERBOLIC", "NONSTATIONARY", "DECAY", "DTYPE", "PRECISION")},
@@ -152,7 +160,8 @@ def attention_backward_op(
         )  # fmt: skip
     # without a window a query's norm factor cancels
     q_factor = q_norm_factor if window else gate
-    d_query, d_q_map = _map_gradients(query, (*q_map[:3], q_factor), d_features, scale, settings, window > 0)
+    dtype = torch.float32 if window else query.dtype
+    d_query, d_q_map = map_gradients(query, (*q_map[:3], q_factor), d_features, scale, settings, dtype)
 
     values, norms = _query_states(shape, query, q_map, k_map[-1], rows, table, scale, guard, flags)
     d_features = new(
@@ -165,7 +174,7 @@ def attention_backward_op(
         )  # fmt: skip
     # final in the inputs' dtype unless parts are yet to be summed
     parts = window > 0 or shape.heads > shape.kv_heads
-    d_key, d_k_map = _map_gradients(key, k_map[:4], d_features, 1.0, settings, parts)
+    d_key, d_k_map = map_gradients(key, k_map[:4], d_features, 1.0, settings, torch.float32 if parts else key.dtype)
 
     dtype = torch.float32 if parts else value.dtype
     d_value = new(shape.batch, shape.heads, shape.keys, shape.value_size, dtype=dtype, device=key.device)

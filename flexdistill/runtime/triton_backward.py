@@ -236,7 +236,7 @@ def value_gradient_kernel(
 
 @triton.jit
 def map_gradient_kernel(
-    X, W1, W2, AMPLITUDE, NORM_FACTOR, D_FEATURES, D_X, D_MAP,
+    X, W1, W2, AMPLITUDE, NORM_FACTOR, FEATURES, D_FEATURES, D_X, D_MAP,
     x_batch, x_head, x_token, HEADS, MAP_HEADS, X_HEADS, LENGTH, SLICE, SLICES, SPAN,
     D: tl.constexpr, N: tl.constexpr, SCALE,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
@@ -246,14 +246,14 @@ def map_gradient_kernel(
     """Gradients of SPAN tokens (B, H, T, d) from those of their features, and a program's share of the map's.
 
     That share is W1, W2, amplitudes, norm factor, the sum of all log features' gradients and, where features decay, of
-    each feature that of positions times its gradients.
+    each feature that of positions times its gradients. Hyperbolic features' gradients are those of their logarithms,
+    or, where FEATURES holds features, of these. Without D_X, tokens ask for no gradient.
     """
     span, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // HEADS, pair % HEADS
     X += batch.to(tl.int64) * x_batch + head // (HEADS // X_HEADS) * x_head
     map_head = head // (HEADS // MAP_HEADS)
-    D_FEATURES += pair.to(tl.int64) * LENGTH * 2 * N
-    D_X += pair.to(tl.int64) * LENGTH * D
+    own = pair.to(tl.int64) * LENGTH * 2 * N
     D_MAP += (pair * tl.num_programs(0) + span).to(tl.int64) * (2 * D * N + 2 * N + 2 + (2 * N if DECAY else 0))
     w1, w2 = load_frequencies(W1, W2, map_head, D, N, SCALE, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE)
     factor = tl.load(NORM_FACTOR + map_head)
@@ -267,13 +267,17 @@ def map_gradient_kernel(
         position = chunk + tl.arange(0, CHUNK)
         inside = position < LENGTH
         x = load_rows(X, x_token, position, inside, 0, D, BLOCK_D).to(DTYPE)
-        source = D_FEATURES + position.to(tl.int64)[:, None] * 2 * N + n[None, :]
+        offsets = own + position.to(tl.int64)[:, None] * 2 * N + n[None, :]
+        source = D_FEATURES + offsets
         mask = inside[:, None] & (n < N)[None, :]
         d_a = tl.load(source, mask, 0.0)
         d_b = tl.load(source + N, mask, 0.0)
         for part in range(1, SLICES):
             d_a += tl.load(source + part * SLICE, mask, 0.0)
             d_b += tl.load(source + part * SLICE + N, mask, 0.0)
+        if FEATURES is not None:
+            d_a = d_a.to(tl.float32) * tl.load(FEATURES + offsets, mask, 0.0)
+            d_b = d_b.to(tl.float32) * tl.load(FEATURES + offsets + N, mask, 0.0)
         if HYPERBOLIC:
             ones = tl.full((CHUNK,), 1.0, tl.float32)
             none = tl.zeros((16, BLOCK_N), tl.float32)
@@ -311,16 +315,18 @@ def map_gradient_kernel(
         d_factor += tl.sum(d_row * squared, 0)
         d_sum += tl.sum(d_row, 0)
         d_phase, d_modulation = d_phase.to(DTYPE), d_modulation.to(DTYPE)
-        d_x = tl.dot(d_phase, tl.trans(w1), input_precision=PRECISION)
         d_w1 = tl.dot(tl.trans(x), d_phase, d_w1, input_precision=PRECISION)
         if NONSTATIONARY:
-            d_x = tl.dot(d_modulation, tl.trans(w2), d_x, input_precision=PRECISION)
             d_w2 = tl.dot(tl.trans(x), d_modulation, d_w2, input_precision=PRECISION)
-        if HYPERBOLIC:
-            d_x *= LN2
-        d_x += (2.0 * SCALE * SCALE * factor * d_row)[:, None] * x.to(tl.float32)
-        target = D_X + position.to(tl.int64)[:, None] * D + d[None, :]
-        tl.store(target, d_x.to(D_X.dtype.element_ty), inside[:, None] & (d < D)[None, :])
+        if D_X is not None:
+            d_x = tl.dot(d_phase, tl.trans(w1), input_precision=PRECISION)
+            if NONSTATIONARY:
+                d_x = tl.dot(d_modulation, tl.trans(w2), d_x, input_precision=PRECISION)
+            if HYPERBOLIC:
+                d_x *= LN2
+            d_x += (2.0 * SCALE * SCALE * factor * d_row)[:, None] * x.to(tl.float32)
+            target = D_X + (pair.to(tl.int64) * LENGTH + position)[:, None] * D + d[None, :]
+            tl.store(target, d_x.to(D_X.dtype.element_ty), inside[:, None] & (d < D)[None, :])
     inside = (d < D)[:, None] & (n < N)[None, :]
     offsets = d[:, None] * N + n[None, :]
     tl.store(D_MAP + offsets, d_w1 * SCALE, inside)

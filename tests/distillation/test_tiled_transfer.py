@@ -137,7 +137,7 @@ def test_lengths(length, window, monkeypatch):
 class GivenFeatures:
     """A kernel of random features; all of them leaves."""
 
-    calibrated = True
+    calibrated, has_spectrum = True, False
 
     def __init__(self, length, *, signed, spread, **sight):
         generator = torch.Generator().manual_seed(2)
