@@ -190,7 +190,7 @@ def test_results_as_table_and_json(run, converted):
         ("convert gpt2 --set kernel.window=[", "not valid YAML"),
         ("convert gpt2 --data a:b:c:d:e", "too many parts"),
         ("convert gpt2 --key-heads all", "'query' or 'kv'"),
-        ("convert gpt2 --recipe none", "shipped are: default"),
+        ("convert gpt2 --recipe none", "shipped are: bert-glue, default"),
         ("inspect gpt2 --variant nonstationry", "nonstationary, stationary"),
         ("inspect gpt2 --component cubic", "hyperbolic, trigonometric"),
         ("convert gpt2 --dry-run --variant x", "Unknown variant 'x'"),

@@ -1,8 +1,11 @@
 import pytest
 import yaml
 
+from flexdistill.conversion import make_plan
 from flexdistill.errors import FlexdistillError
+from flexdistill.inputs import check_lengths, check_trainable
 from flexdistill.recipe import RECIPES_FOLDER, Recipe, shipped_recipes
+from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
 
 def test_defaults_are_those_of_an_empty_file(tmp_path):
@@ -22,8 +25,19 @@ def test_shipped_recipe_loads_and_says_what_it_is_for(name):
     assert f"{budget} tokens" in purpose
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipe_fits_a_model(name):
+    recipe = Recipe.load(name)
+    model = {"bert-glue": tiny_bert, "gpt2": tiny_gpt2}.get(name, tiny_llama)()
+    plan = make_plan(model, recipe.kernel)
+    assert len(plan.converted) == 2
+    check_lengths(recipe)
+    check_trainable(recipe, plan, model)
+
+
 def test_recipes_expected_by_the_documentation_are_shipped():
-    assert shipped_recipes() == ["default", "demo", "gpt2", "smollm2", "smollm2-20m"]
+    expected = ["bert-glue", "default", "demo", "gemma", "gpt2", "llama", "qwen", "smollm2", "smollm2-20m"]
+    assert shipped_recipes() == expected
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
