@@ -21,6 +21,7 @@ from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
 from .packing import cut, pack, separator_of, split_held_out
 from .recipe import STAGES, Recipe
+from .repeats import repeat_spans
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
 from .token_cache import cache_folder, read_tokens
 
@@ -153,6 +154,8 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequenc
     ]
     training, rows, labels = _read_mixture(recipe, tokenizer, sum(sizes))
     held_out, selection, validation = rows.split(sizes)
+    # layers are chosen for what they are trained for
+    repeat_spans(selection, torch.arange(len(selection)), data.repeats)
     if recipe.label_training.validation_every and recipe.label_training.steps:
         cut(validation.flatten(), recipe.sequence_length(LabelTraining.name))  # too few are told before training
     if evaluation.source is not None:

@@ -591,6 +591,8 @@ def test_layers_are_chosen_on_text_of_their_own(sources):
     text = {"evaluation.source": str(sources / "text.txt"), "evaluation.sequence_length": 24}
     assert [len(part) for part in read(**{"kernel.keep_softmax": 1} | text)] == [16, 4, inputs.SELECTION_SEQUENCES]
     assert [len(part) for part in read()] == [16, 4, 0]
+    repeating = read(**{"kernel.keep_softmax": 1, "data.repeats": 1.0})
+    assert [torch.equal(*pair) for pair in zip(parts, repeating, strict=True)] == [False, True, False]
 
 
 def test_mixed_texts(sources, tmp_path):
