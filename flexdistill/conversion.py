@@ -259,7 +259,11 @@ def _longest_wavelength(kernel: KernelRecipe, decays: bool) -> float:
     """Of the rotary embedding that a kernel sees, in tokens."""
     if kernel.longest_wavelength is not None:
         return kernel.longest_wavelength
-    return feature_map_class(kernel.variant, kernel.component).longest_wavelength if decays else math.inf
+    if not decays:
+        return math.inf
+    longest = feature_map_class(kernel.variant, kernel.component).longest_wavelength
+    # pairs that turn once within a window say nothing of the keys behind it
+    return 0 if longest <= kernel.window else longest
 
 
 def _module_plan(
@@ -304,7 +308,7 @@ def _module_plan(
         matrix=kernel.matrix,
         horizon=kernel.horizon,
         decay=decays,
-        sinks=kernel.sinks,
+        sinks=kernel.num_sinks,
         rotary=None if rotary is None else rotary.layout,
         rotary_dim=0 if rotary is None else 2 * len(rotary.wavelengths),
         rotary_pairs=pairs,

@@ -57,8 +57,8 @@ def check_lengths(recipe: Recipe) -> None:
     """Raises FlexdistillError if the window covers the training sequences, or they go beyond the kernel's horizon."""
     kernel, lengths = recipe.kernel, [recipe.sequence_length(stage) for stage in STAGES]
     length = min(lengths)
-    if kernel.window + kernel.sinks >= length:
-        sinks = f" and {kernel.sinks} sinks cover" if kernel.sinks else " covers"
+    if kernel.window + kernel.num_sinks >= length:
+        sinks = f" and {kernel.num_sinks} sinks cover" if kernel.num_sinks else " covers"
         raise FlexdistillError(
             f"A window of {kernel.window} tokens{sinks} sequences of {length}, so the kernel would never be used; set "
             "a smaller --window or a larger --sequence-length."

@@ -62,14 +62,16 @@ class KernelRecipe(Section):
         None,
         ge=0,
         description="tokens; rotary embedding that takes longer to turn once is taken out of what kernels see, 0 takes "
-        "out all; None: the variant's default in layers that decay",
+        "out all; None: the variant's default in layers that decay, 0 behind a window as long",
     )
     tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
     key_heads: Literal["query", "kv"] = Field(
         "query", description="a key map and a state per query head, or per KV head"
     )
     window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
-    sinks: int = Field(0, ge=0, description="first tokens of a sequence that keep it beside the window")
+    sinks: int | None = Field(
+        None, ge=0, description="first tokens of a sequence that keep it beside the window; None: 4 where there is one"
+    )
     layers: str = Field("all", description="layers to convert: all, indices such as 0-5,9, every:4, or name patterns")
     keep_layers: str | None = Field(None, description="layers that stay softmax, written as `layers`")
     keep_softmax: int = Field(
@@ -77,11 +79,16 @@ class KernelRecipe(Section):
     )
 
     @property
+    def num_sinks(self) -> int:
+        """Sinks beside the window; four are as many as Xiao et al. (2023, arXiv:2309.17453) found to be needed."""
+        return (4 if self.window else 0) if self.sinks is None else self.sinks
+
+    @property
     def near(self) -> str:
         """What keeps exact softmax attention, in words."""
         if not self.window:
             return "no softmax window"
-        return f"softmax window of {self.window} tokens" + (f" and {self.sinks} sinks" if self.sinks else "")
+        return f"softmax window of {self.window} tokens" + (f" and {self.num_sinks} sinks" if self.num_sinks else "")
 
     @model_validator(mode="after")
     def _sinks_beside_a_window(self) -> KernelRecipe:

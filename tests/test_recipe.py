@@ -142,7 +142,10 @@ def test_override_leaves_the_original_alone():
 def test_sinks_go_with_the_window():
     recipe = Recipe().override({"kernel.window": 64, "kernel.sinks": 4})
     assert recipe.override({"kernel.window": 32}).kernel.sinks == 4
-    assert recipe.override({"kernel.window": 0}).kernel.sinks == 0
+    assert recipe.override({"kernel.window": 0}).kernel.sinks is None
+    assert [Recipe().override({"kernel.window": window}).kernel.num_sinks for window in (0, 64)] == [0, 4]
+    none = recipe.override({"kernel.sinks": 0}).kernel
+    assert (none.num_sinks, none.near) == (0, "softmax window of 64 tokens")
 
 
 def test_a_text_replaces_a_mixture_and_the_reverse():

@@ -39,6 +39,9 @@ def test_models_without_rotary_embedding_have_none():
     [
         ({}, ("halves", 2)),
         ({"longest_wavelength": 0}, ("halves", 0)),
+        ({"window": 19}, ("halves", 2)),
+        ({"window": 20}, ("halves", 0)),
+        ({"window": 20, "longest_wavelength": 70}, ("halves", 3)),
         ({"longest_wavelength": 10**6}, (None, 0)),
         ({"decay": False}, (None, 0)),
         ({"decay": False, "longest_wavelength": 70}, ("halves", 3)),
