@@ -21,9 +21,10 @@ from .transfer_operators import is_exact, tiles, transfer_op
 
 
 def can_run(feature_map: FeatureMap, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `tiled_rows` can run on these inputs: where the fused kernels do, in at most single precision."""
+    """Whether `tiled_rows` can run: where the fused kernels do, unless signed features decay, in at most float32."""
     return (
         fused_operators(query.device) is not None
+        and not (feature_map.signed and feature_map.spec.decay)
         and max(x.dtype.itemsize for x in (query, key, value)) <= 4
         and tiles(feature_map.num_features, _feature_dtype(feature_map, query, value), query, key, value) is not None
     )

@@ -18,6 +18,7 @@ class FlexformerFeatureMap(FeatureMap):
 
     paper = "Flexformer, arXiv:2606.27748"
     has_spectrum = True
+    longest_wavelength = 20
 
     @property
     def nonstationary(self) -> bool:
@@ -62,7 +63,6 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     """
 
     decays_by_default = True
-    longest_wavelength = 20
     measures = True
     # mean length of queries or keys from which on they are made shorter
     _LARGEST_LENGTH = 20.0

@@ -247,6 +247,8 @@ class FusedAttention:
         obstacle = None
         if not feature_map.has_spectrum:
             obstacle = f"the kernel {spec.variant} is not theirs"
+        elif feature_map.signed and spec.decay:
+            obstacle = "signed features do not decay there"
         elif query.dtype not in LARGEST_SIZE:
             obstacle = f"they do not compute in {query.dtype}"
         elif max(spec.head_dim, spec.num_frequencies, value.shape[-1]) > LARGEST_SIZE[query.dtype]:

@@ -9,9 +9,9 @@ with w the keys' log-weights and m_i the largest w_j in sight, so that no expone
 `feature_maps`: queries' features (B, H, T, F), keys' features (B, S, T, F), values (B, S, T, D), S dividing H. A key
 that must not be seen (padding) has log-weight -inf and leaves numerator and denominator alike. Everything is float32.
 
-Features that decay count exp(-decay (i - j)) times. Within a chunk that is a factor of the query's features times one
-of the key's, both relative to the token before the chunk; no feature forgets faster than exp(-1) per token, so the
-factors of a chunk's 64 tokens are far from the ends of float32.
+Features that decay count exp(-decay (i - j)) times, and norms as a feature with the slowest decay would. Within a chunk
+that is a factor of the query's features times one of the key's, both relative to the token before the chunk; no feature
+forgets faster than exp(-1) per token, so the factors of a chunk's 64 tokens are far from the ends of float32.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class RowSums:
 
     numerator: torch.Tensor  # (B, H, T, D)
     denominator: torch.Tensor  # (B, H, T)
-    # (B, H, T): |phi(q_i)| sum_j exp(w_j - m_i) |phi(k_j)| >= |denominator| (Cauchy-Schwarz), without any decay
+    # (B, H, T): |phi(q_i)| sum_j exp(w_j - m_i) |phi(k_j)| >= |denominator| (Cauchy-Schwarz), with the slowest decay
     bound: torch.Tensor
     maximum: torch.Tensor  # (B, H, T): m_i; -inf where a query sees no key
 
@@ -42,7 +42,7 @@ class State:
 
     # (B, S, D + 1, F): sum_j exp(w_j - m) [v_j, 1] phi(k_j)^T, decayed up to the last token
     values: torch.Tensor
-    norms: torch.Tensor  # (B, S): sum_j exp(w_j - m) |phi(k_j)|
+    norms: torch.Tensor  # (B, S): sum_j exp(w_j - m) |phi(k_j)|, by the slowest of the decays
     maximum: torch.Tensor  # (B, S): m, the largest log-weight seen
 
     @classmethod
@@ -89,8 +89,17 @@ def quadratic_scores(
     else:
         products = _decayed_products(features.query, key, features.decay.repeat_interleave(groups, dim=0), delay)
     scores = products * weight
+    if features.decay is not None:
+        places = [torch.arange(x.shape[-2], device=x.device) for x in (features.query, key)]
+        distance = (places[0][:, None] - places[1] - delay).clamp_min(0)
+        weight = weight * (-_slowest(features.decay).repeat_interleave(groups)[:, None, None] * distance).exp()
     bound = features.query.norm(dim=-1) * (weight @ key.norm(dim=-1)[..., None]).squeeze(-1)
     return scores, bound, maximum
+
+
+def _slowest(decay: torch.Tensor) -> torch.Tensor:
+    """(S, F) -> (S,): the rate of the feature that forgets last."""
+    return decay.amin(-1)
 
 
 def _decayed_products(query, key, decay, delay):
@@ -133,7 +142,9 @@ def recurrent_sums(features: Features, value: torch.Tensor, state: State | None 
     value = _with_ones(value)
     query = _grouped(features.query, features.key.shape[1])
     norm = features.key.norm(dim=-1)
-    kept = 1.0 if features.decay is None else (-features.decay).exp()[:, None]
+    kept = kept_norm = 1.0
+    if features.decay is not None:
+        kept, kept_norm = (-features.decay).exp()[:, None], (-_slowest(features.decay)).exp()
     rows = []
     for t in range(features.key.shape[-2]):
         log_weight = features.key_log_weight[:, :, t]
@@ -142,7 +153,7 @@ def recurrent_sums(features: Features, value: torch.Tensor, state: State | None 
         update = value[:, :, t, :, None] * (weight[..., None] * features.key[:, :, t])[..., None, :]
         state = State(
             values=decay[..., None, None] * kept * state.values + update,
-            norms=decay * state.norms + weight * norm[:, :, t],
+            norms=decay * kept_norm * state.norms + weight * norm[:, :, t],
             maximum=maximum,
         )
         sums = query[:, :, :, t, None] @ state.values[:, :, None].transpose(-1, -2)
@@ -187,8 +198,10 @@ def _block_sums(query, key, log_weight, value, state, decay, length):
     """
     query_norm, key_norm = query.norm(dim=-1, keepdim=True), key.norm(dim=-1)
     if decay is not None:
-        elapsed = decay[:, None, None] * torch.arange(1, log_weight.shape[-1] + 1, device=key.device)[:, None]
+        place = torch.arange(1, log_weight.shape[-1] + 1, device=key.device)[:, None]
+        elapsed, slowest = decay[:, None, None] * place, _slowest(decay)[:, None, None, None] * place
         query, key = query * (-elapsed[:, None]).exp(), key * elapsed.exp()
+        query_norm, key_norm = query_norm * (-slowest[:, None]).exp(), key_norm * slowest.squeeze(-1).exp()
     # the running maximum a row sees: that of all earlier chunks, then of its own chunk up to itself
     chunk_maxima, summaries = _summarise(key, log_weight, value, key_norm)
     maxima = torch.cat([state.maximum[..., None], chunk_maxima], dim=-1)
@@ -209,10 +222,11 @@ def _block_sums(query, key, log_weight, value, state, decay, length):
     states = torch.cat([state.values[:, :, None], summaries.values], dim=2)
     norms = torch.cat([state.norms[:, :, None], summaries.norms], dim=2)
     if decay is None:
-        prefix = (rescale @ states.flatten(-2)).unflatten(-1, states.shape[-2:])
+        prefix, rescale_norms = (rescale @ states.flatten(-2)).unflatten(-1, states.shape[-2:]), rescale
     else:
         prefix = torch.einsum("bsnmf,bsmdf->bsndf", rescale[..., None] * _kept(decay, count, size, length), states)
-    prefix_norm = (rescale @ norms[..., None]).squeeze(-1)
+        rescale_norms = rescale * _kept(_slowest(decay)[:, None], count, size, length).squeeze(-1)
+    prefix_norm = (rescale_norms @ norms[..., None]).squeeze(-1)
 
     carried = (before[..., :-1, None] - row_scale).exp()[:, :, None, ..., None]
     sums = scores @ value[:, :, None] + carried * (query @ prefix[:, :, None, :-1].transpose(-1, -2))

@@ -120,9 +120,11 @@ def build_feature_map(spec: KernelSpec) -> FeatureMap:
     if spec.causal and not kernel.causal_safe:
         name = f"Component {spec.component!r}" if spec.component else f"Variant {spec.variant!r}"
         raise ValueError(f"{name} looks at the whole sequence, so it cannot serve causal attention; choose another one")
-    if spec.decay and (kernel.signed or not spec.causal):
-        reason = "has signed features" if kernel.signed else "serves attention in both directions here"
-        raise ValueError(f"Variant {spec.variant!r} {reason}, which cannot decay; set kernel.decay to false")
+    if spec.decay and not spec.causal:
+        raise ValueError(
+            f"Variant {spec.variant!r} serves attention in both directions here, which cannot decay; set kernel.decay "
+            "to false"
+        )
     if kernel.has_horizon != (spec.horizon is not None):
         remedy = "set kernel.horizon" if kernel.has_horizon else "leave kernel.horizon out"
         number = "a" if kernel.has_horizon else "no"

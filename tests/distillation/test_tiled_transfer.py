@@ -21,8 +21,8 @@ from tests.runtime.kernels import (
     HEAD_DIM,
     HEADS,
     SCALING,
-    every_form,
     every_key_heads,
+    every_tiled_form,
     kernel,
     kernel_spec,
     query_key_value,
@@ -98,7 +98,7 @@ def assert_same(feature_map, parameters, query, key, value, visible=None, tolera
             assert relative_error(ours, theirs) <= (100 if feature_map.signed else 10) * tolerance, index
 
 
-@every_form
+@every_tiled_form
 @every_sight
 def test_tiles_are_the_maps(variant, component, sight):
     # frequencies and the size of values are no powers of two; padding left and right
@@ -117,7 +117,7 @@ def test_kernels_that_need_more_than_queries_and_keys(variant, component):
     assert_same(feature_map, list(feature_map.parameters()), *inputs(21), visible, least=1e-4)
 
 
-@every_form
+@every_tiled_form
 @every_key_heads
 def test_heads_that_share_keys(variant, component, key_heads):
     feature_map = kernel(variant, component, key_heads=key_heads, window=3).to(DEVICE)
@@ -236,7 +236,7 @@ def test_memory_is_linear():
     assert largest[24] == 2 * largest[12]
 
 
-@every_form
+@every_tiled_form
 def test_loss_of_one_layer(variant, component):
     feature_map = kernel(variant, component).to(DEVICE)
     arguments = inputs(20)
@@ -276,6 +276,8 @@ def test_form_is_chosen_by_backend(monkeypatch):
     assert not is_tiled(arguments)
     monkeypatch.setenv(VARIABLE, "triton")
     assert is_tiled(arguments)
+    signed_decay = call(kernel("nonstationary+decay", "trigonometric").to(DEVICE), *inputs(5))
+    assert not is_tiled(signed_decay)
     doubles = call(feature_map, *(x.double() for x in inputs(5)))
     assert not is_tiled(doubles) and attention_rows(doubles).teacher.shape == (2, HEADS, 5, HEAD_DIM - 3)
     other_mask = call(feature_map, *inputs(5))

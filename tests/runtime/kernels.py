@@ -17,6 +17,7 @@ DECAY = "+decay"
 # one of each form that attention takes: positive and signed, with log scales and without, decaying or not
 FORMS = [pair for pair in kernels() if pair[0] in ("nonstationary", "stationary", "hedgehog")]
 FORMS += [("nonstationary+decay", "hyperbolic"), ("hedgehog+decay", None)]
+SIGNED_DECAY = ("nonstationary+decay", "trigonometric")
 
 
 def _over(pairs):
@@ -25,7 +26,8 @@ def _over(pairs):
     )
 
 
-every_kernel, every_causal_kernel, every_form = _over(kernels()), _over(CAUSAL_KERNELS), _over(FORMS)
+every_kernel, every_causal_kernel = _over(kernels()), _over(CAUSAL_KERNELS)
+every_form, every_tiled_form = _over([*FORMS, SIGNED_DECAY]), _over(FORMS)
 LEARNED_KERNELS = [pair for pair in kernels() if pair[0] not in ("elu", "performer", "cosformer")]
 every_key_heads = pytest.mark.parametrize("key_heads", ["query", "kv"])
 

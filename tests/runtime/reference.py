@@ -39,6 +39,11 @@ def reference_attention(
 
     scaled = query * (scaling * query.shape[-1] ** 0.5)
     log_scale = torch.zeros(query.shape[:3], dtype=torch.float64, device=query.device)
+    decay = torch.zeros(heads, feature_map.num_features, dtype=torch.float64, device=query.device)
+    if spec.decay:
+        decay = (5 * parameters["decay"]).sigmoid()
+        decay = decay.repeat_interleave(heads // decay.shape[0], 0)
+    elapsed = (distance - spec.window).clamp_min(0)[..., None]
     if feature_map.signed:
         factor = (-parameters["tau"]).exp()
         factor = factor.repeat_interleave(heads // factor.shape[0], 0)[:, None]
@@ -53,7 +58,9 @@ def reference_attention(
         weight = (factor * key.square().sum(-1))[:, :, None].masked_fill(~far_allowed, -torch.inf)
         largest = weight.amax(-1, keepdim=True).masked_fill(~far_allowed.any(-1, keepdim=True), 0.0)
         weight = (weight - largest).exp()
-        scores = features[0] @ features[1].transpose(-1, -2) * weight
+        kept = (-elapsed * decay[:, None, None]).exp()
+        scores = torch.einsum("bhif,bhjf,hijf->bhij", *features, kept) * weight
+        weight = weight * kept.amax(-1)
         bound = features[0].norm(dim=-1) * (weight @ features[1].norm(dim=-1)[..., None])[..., 0]
         total = torch.maximum(scores.sum(-1), SIGNED_GUARD * bound)
     else:
@@ -70,11 +77,6 @@ def reference_attention(
             )
             log_features = torch.cat([envelope + phase, envelope - phase], -1) + of(prefix, "log_amplitude")[:, None]
             logarithms.append(log_features - 0.5 * torch.log(phase.new_tensor(2.0 * phase.shape[-1])))
-        decay = torch.zeros(heads, logarithms[0].shape[-1], dtype=torch.float64, device=query.device)
-        if spec.decay:
-            decay = (5 * parameters["decay"]).sigmoid()
-            decay = decay.repeat_interleave(heads // decay.shape[0], 0)
-        elapsed = (distance - spec.window).clamp_min(0)[..., None]
         log_scores = torch.stack(
             [
                 torch.logsumexp(logarithms[0][:, :, i, None] + logarithms[1] - elapsed[i] * decay[:, None], -1)

@@ -355,6 +355,8 @@ def test_backend_is_chosen_once_and_checked(monkeypatch):
 def test_unknown_kernel_is_refused_when_triton_was_asked_for():
     with pytest.raises(ValueError, match="hedgehog"):
         attend(kernel("hedgehog", None), *query_key_value(4), scaling=SCALING)
+    with pytest.raises(ValueError, match="signed features do not decay there"):
+        attend(kernel("nonstationary+decay", "trigonometric"), *query_key_value(4), scaling=SCALING)
 
 
 @pytest.mark.parametrize(
