@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .backend import fused_operators
+from .backend import operators_for
 from .configuration_flexformer import KernelSpec
 from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap, Features
 from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
-from .near import Sinks, first_visible, near_sums, repeat, softmax_scores
-from .rotary import Rotation, both_sides, far_side, kernel_side, near_side
+from .near import Sinks, far_side, first_visible, near_side, near_sums, repeat, softmax_scores
+from .rotary import Rotation, both_sides, kernel_side
 
 _guard_counters: list["GuardCounter"] = []
 
@@ -143,8 +143,8 @@ def _check_boundaries(boundaries: list[int], query: torch.Tensor, servable: bool
 def _attend(feature_map, query, key, *, value, scaling, visible, memory, keep_memory, boundaries):
     spec = feature_map.spec
     keep_memory = keep_memory and spec.causal
-    fused = fused_operators(query.device)
-    if fused is not None and fused.serves(feature_map, query, value):
+    fused = operators_for(feature_map, query, value)
+    if fused is not None:
         if not keep_memory and memory is None:
             output, guarded = fused.attend(feature_map, query, key, value, scaling, visible, boundaries)
             count_guarded(guarded)

@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from .feature_maps import FeatureMap
+
 VARIABLE = "FLEXDISTILL_BACKEND"
 
 
@@ -18,6 +20,21 @@ def fused_operators(device: torch.device):
         RuntimeError: if the variable asks for a backend that does not exist or cannot run.
     """
     return _fused_operators(device.type, device.index, os.environ.get(VARIABLE))
+
+
+def operators_for(feature_map: FeatureMap, query: torch.Tensor, value: torch.Tensor):
+    """`fused_operators`, or None also where they do not know this map, these sizes or this dtype.
+
+    Raises:
+        ValueError: if they do not, and the environment asks for them; RuntimeError: as `fused_operators` does.
+    """
+    fused = fused_operators(query.device)
+    obstacle = None if fused is None else fused.obstacle(feature_map, query, value)
+    if obstacle is None:
+        return fused
+    if os.environ.get(VARIABLE) == "triton":
+        raise ValueError(f"{VARIABLE}=triton cannot serve here: {obstacle}; unset it or choose torch.")
+    return None
 
 
 @functools.cache

@@ -5,8 +5,6 @@ they are float32; logarithms, sums, states and gradients of parameters are float
 the order in which the GPU runs programs, so equal inputs give equal bits.
 """
 
-import os
-
 import torch
 
 try:
@@ -14,7 +12,6 @@ try:
 except ImportError as error:
     raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
 
-from .backend import VARIABLE
 from .feature_maps import GATE_UNIT, FeatureMap, constant_zeros
 from .fused_backward import NAMESPACE, attention_backward_op, split_map
 from .fused_rotary import turn_op
@@ -40,8 +37,7 @@ from .launch import (
     window_launch,
 )
 from .linear_attention import State
-from .near import kinds_and_spans, sink_spans
-from .rotary import Rotation, far_side, near_side
+from .near import far_side, kinds_and_spans, near_side, sink_spans
 from .triton_decode import decode_kernel
 from .triton_forward import outputs_kernel
 from .triton_window import window_forward_kernel
@@ -237,25 +233,18 @@ class FusedAttention:
     """Attention of a feature map through the fused operators; shapes as in `attention.attend`."""
 
     @staticmethod
-    def serves(feature_map: FeatureMap, query: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether the kernels know this map, these sizes and this dtype.
-
-        Raises:
-            ValueError: if they do not, and the environment asks for them.
-        """
+    def obstacle(feature_map: FeatureMap, query: torch.Tensor, value: torch.Tensor) -> str | None:
+        """Why the kernels cannot serve this map at these sizes in this dtype; None if they can."""
         spec = feature_map.spec
-        obstacle = None
         if not feature_map.has_spectrum:
-            obstacle = f"the kernel {spec.variant} is not theirs"
-        elif feature_map.signed and spec.decay:
-            obstacle = "signed features do not decay there"
-        elif query.dtype not in LARGEST_SIZE:
-            obstacle = f"they do not compute in {query.dtype}"
-        elif max(spec.head_dim, spec.num_frequencies, value.shape[-1]) > LARGEST_SIZE[query.dtype]:
-            obstacle = f"head size and frequencies may be at most {LARGEST_SIZE[query.dtype]} in {query.dtype}"
-        if obstacle and os.environ.get(VARIABLE) == "triton":
-            raise ValueError(f"{VARIABLE}=triton cannot serve here: {obstacle}; unset it or choose torch.")
-        return obstacle is None
+            return f"the kernel {spec.variant} is not theirs"
+        if feature_map.signed and spec.decay:
+            return "signed features do not decay there"
+        if query.dtype not in LARGEST_SIZE:
+            return f"they do not compute in {query.dtype}"
+        if max(spec.head_dim, spec.num_frequencies, value.shape[-1]) > LARGEST_SIZE[query.dtype]:
+            return f"head size and frequencies may be at most {LARGEST_SIZE[query.dtype]} in {query.dtype}"
+        return None
 
     @staticmethod
     def needs_gradient(feature_map: FeatureMap, *tensors: torch.Tensor) -> bool:
@@ -267,7 +256,9 @@ class FusedAttention:
         return x.dtype in LARGEST_SIZE
 
     @staticmethod
-    def turned_back(x: torch.Tensor, rotation: Rotation, layout: str, kept: int) -> torch.Tensor:
+    def turned_back(
+        x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: str, kept: int
+    ) -> torch.Tensor:
         """As `rotary.turned_back`, in one launch."""
         return turn_op(x, *rotation, layout != "halves", 2 if layout == "interleaved" else 1, kept, True)
 

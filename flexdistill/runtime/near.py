@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 
+from .configuration_flexformer import KernelSpec
 from .linear_attention import RowSums
 
 # what a key is: hidden from every query, seen until it leaves the window and by the kernel from then on, or a sink
@@ -66,6 +67,16 @@ class Sinks:
         sinks = Sinks(placed(self.key, key), placed(self.value, value), rank[:, -1].clamp_max(len(places)))
         never = torch.where(places < self.taken[:, None], -1, length)
         return sinks, torch.where(arrives, arrival, never), chosen
+
+
+def near_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
+    """Queries or keys as the window sees them, of (B, H, T, d), or of (B, H, T, 2 d) where the kernel sees others."""
+    return sides[..., : spec.head_dim]
+
+
+def far_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
+    """As the kernel sees them: the last d."""
+    return sides[..., -spec.head_dim :]
 
 
 def token_kinds(visible: torch.Tensor, count: int, taken: torch.Tensor | None = None) -> torch.Tensor:

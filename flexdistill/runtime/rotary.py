@@ -77,19 +77,9 @@ def kernel_side(x: torch.Tensor, rotation: Rotation | None, spec: KernelSpec) ->
 
 
 def both_sides(x: torch.Tensor, rotation: Rotation | None, spec: KernelSpec) -> torch.Tensor:
-    """Queries or keys (B, H, T, d) as the kernel sees them; where a window sees others, after those, (B, H, T, 2 d)."""
+    """Queries or keys as the kernel sees them; where a window sees others, both (`near.near_side`, `near.far_side`)."""
     seen = kernel_side(x, rotation, spec)
     return torch.cat([x, seen], dim=-1) if spec.window and spec.rotary else seen
-
-
-def near_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
-    """Of `both_sides`, what the window sees."""
-    return sides[..., : spec.head_dim]
-
-
-def far_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
-    """Of `both_sides`, what the kernel sees."""
-    return sides[..., -spec.head_dim :]
 
 
 def turned_back(x: torch.Tensor, rotation: Rotation, layout: str, kept: int) -> torch.Tensor:
