@@ -108,7 +108,8 @@ def resolve_kernel(kernel: KernelRecipe) -> KernelRecipe:
             f"Variant {kernel.variant!r} has as many features as the head size gives; leave kernel.features out."
         )
     tied = feature_map.tied_by_default if kernel.tied is None else kernel.tied
-    return kernel.model_copy(update={"component": component, "matrix": matrix, "tied": tied})
+    sinks = kernel.num_sinks if kernel.window else None
+    return kernel.model_copy(update={"component": component, "matrix": matrix, "tied": tied, "sinks": sinks})
 
 
 def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:

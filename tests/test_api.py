@@ -57,7 +57,7 @@ def test_distill_in_memory_is_a_conversion(folder, tmp_path):
     for name, weight in tiny.tiny_llama().state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     assert not student.training
-    with pytest.raises(flexdistill.FlexdistillError, match="covers sequences of 16"):
+    with pytest.raises(flexdistill.FlexdistillError, match="and 4 sinks cover sequences of 16"):
         flexdistill.distill(model, tokenizer, **SHORT, kernel__window=16)
 
 

@@ -248,6 +248,7 @@ def test_defaults_of_a_kernel_are_filled_in():
     assert resolve_kernel(KernelRecipe(component="trigonometric")).tied is True
     assert resolve_kernel(KernelRecipe(component="trigonometric", tied=False)).tied is False
     assert resolve_kernel(KernelRecipe(variant="hedgehog")).component is None
+    assert [resolve_kernel(KernelRecipe(window=8, sinks=sinks)).sinks for sinks in (None, 0, 2)] == [4, 0, 2]
 
 
 def test_defaults_of_the_grid_are_filled_in():

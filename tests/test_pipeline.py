@@ -385,7 +385,7 @@ def test_another_teacher_is_refused(results, sources):
 
 BAD_INPUT = {
     "seed": (-1, "seed: Input should be greater than or equal to 0"),
-    "kernel.window": (32, "window of 32 tokens covers sequences of 32"),
+    "kernel.window": (32, "window of 32 tokens and 4 sinks cover sequences of 32"),
     "kernel.variant": ("nonsense", "Unknown variant 'nonsense'"),
     "kernel.matrix": ("orf", "Variant 'nonstationary' has no matrix 'orf'; leave the matrix out."),
     "kernel.horizon": (16, "Variant 'nonstationary' needs no horizon"),
