@@ -193,3 +193,14 @@ def test_throughput(monkeypatch, capsys, tmp_path):
         for stage in result["stages"]:
             assert stage["tokens_per_s"] == pytest.approx(8e3 / stage["ms"], rel=0.1)
     assert "over the teacher's layers" in printed
+
+
+def test_picture_of_the_committed_results(tmp_path, monkeypatch):
+    picture = tmp_path / "kernels.svg"
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--output", str(picture)])
+    found = runpy.run_path(str(FOLDER / "pictures.py"), run_name="__main__")
+    assert picture.read_text().startswith("<?xml")
+    excesses = found["excesses"]()
+    assert min(excesses, key=excesses.get).endswith("(default)") and round(excesses["Hedgehog"], 3) == 0.819
+    lines = found["perplexities_by_position"]()
+    assert len(lines) == 4 and lines["teacher"][-1] == pytest.approx((12288, 104.3), rel=1e-3)
