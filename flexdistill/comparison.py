@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from .conversion import Plan, make_plan, resolve_kernel
+from .conversion import Plan, resolve_kernel
 from .devices import forget_peak_memory, make_accelerator
 from .errors import FlexdistillError, NonFiniteLossError, disk_errors
 from .evaluation import compare_models, student_row
 from .export import export
-from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
+from .inputs import Sequences, checked_plan, input_hashes, load_sequences, load_source
 from .pipeline import make_student, plan_facts, run_facts, run_stages
 from .plots import has_matplotlib, plot_comparison
 from .recipe import STAGES, KernelRecipe, Recipe
@@ -104,11 +104,7 @@ def _compare(
         )
     accelerator = make_accelerator(recipe.precision)
     source, tokenizer, teacher = load_source(recipe)
-    check_devices(recipe, teacher, accelerator)
-    plans = {entry.name: make_plan(teacher, entry.recipe.kernel) for entry in entries}
-    for entry in entries:
-        check_lengths(entry.recipe)
-        check_trainable(entry.recipe, plans[entry.name], teacher)
+    plans = {entry.name: checked_plan(entry.recipe, teacher, accelerator) for entry in entries}
     # one that chooses layers holds out text for it, and then all do
     choosing = max((entry.recipe for entry in entries), key=lambda recipe: recipe.kernel.keep_softmax)
     sequences = load_sequences(choosing, teacher, tokenizer)

@@ -11,11 +11,11 @@ from typing import Any
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conversion import make_plan, resolve_kernel
+from .conversion import resolve_kernel
 from .devices import make_accelerator
 from .distillation.heads import SplitModel
 from .evaluation import compare_models
-from .inputs import check_devices, check_lengths, check_trainable, load_sequences
+from .inputs import checked_plan, load_sequences
 from .pipeline import make_student, plan_facts, run_facts, run_stages
 from .recipe import Recipe
 from .sources import check_vocabulary
@@ -33,10 +33,7 @@ def distill_model(
     set_seed(recipe.seed)
     check_vocabulary(model, tokenizer)
     SplitModel(model)
-    plan = make_plan(model, recipe.kernel)
-    check_devices(recipe, model, accelerator)
-    check_trainable(recipe, plan, model)
-    check_lengths(recipe)
+    plan = checked_plan(recipe, model, accelerator)
     sequences = load_sequences(recipe, model, tokenizer)
     teacher = copy.deepcopy(model).to(accelerator.device)
     student = make_student(copy.deepcopy(model), plan, sequences, accelerator)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conversion import Plan, check_sequence_length
+from .conversion import Plan, check_sequence_length, make_plan
 from .data import read_documents
 from .distillation.documents import DocumentMasks
 from .distillation.embeddings import has_tied_embeddings
@@ -131,6 +131,19 @@ def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
             "No stage trains the embeddings, so untying them would change nothing; leave tied_embeddings out, or set "
             "logit_distillation.train to full."
         )
+
+
+def checked_plan(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerator) -> Plan:
+    """What becomes of the model's attention, where the run's devices, the model and the lengths fit the recipe.
+
+    Raises:
+        FlexdistillError: if one of them does not; no text has been read then.
+    """
+    check_devices(recipe, model, accelerator)
+    plan = make_plan(model, recipe.kernel)
+    check_trainable(recipe, plan, model)
+    check_lengths(recipe)
+    return plan
 
 
 def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequences:

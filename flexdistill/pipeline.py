@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_softmax
+from .conversion import Plan, apply_plan, resolve_kernel, restore_softmax
 from .devices import make_accelerator, peak_memory_bytes
 from .distillation.attention_transfer import AttentionTransfer
 from .distillation.averaging import use_final_weights
@@ -33,7 +33,7 @@ from .distillation.measurement import measure_kernels
 from .distillation.stage import kernel_parameters
 from .evaluation import compare_models
 from .export import export
-from .inputs import Sequences, check_devices, check_lengths, check_trainable, input_hashes, load_sequences, load_source
+from .inputs import Sequences, checked_plan, input_hashes, load_sequences, load_source
 from .mixture import TokenRows
 from .packing import cut
 from .progress import stage_progress
@@ -74,10 +74,7 @@ def _convert(recipe: Recipe, run: Run) -> dict:
     set_seed(recipe.seed)
 
     source, tokenizer, model = load_source(recipe)
-    plan = make_plan(model, recipe.kernel)
-    check_devices(recipe, model, accelerator)
-    check_trainable(recipe, plan, model)
-    check_lengths(recipe)
+    plan = checked_plan(recipe, model, accelerator)
     sequences = load_sequences(recipe, model, tokenizer)
 
     checkpoints, checkpoint = run.begin(recipe, input_hashes(model, sequences), accelerator)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from .conversion import make_plan
 from .devices import make_accelerator
 from .distillation.layer_selection import choose_layers, kl_with_softmax_in
-from .inputs import check_devices, check_lengths, load_sequences, load_source
+from .inputs import checked_plan, load_sequences, load_source
 from .pipeline import make_student, run_stages
 from .recipe import Recipe
 
@@ -29,15 +28,13 @@ def rank_layers(recipe: Recipe) -> dict:
     accelerator = make_accelerator(recipe.precision)
     set_seed(recipe.seed)
     _, tokenizer, model = load_source(recipe)
-    plan = make_plan(model, recipe.kernel)
-    check_devices(recipe, model, accelerator)
-    check_lengths(recipe)
+    later = {"logit_distillation.steps": 0, "label_training.steps": 0}
+    all_linear = recipe.override({"kernel.keep_softmax": 0} | later)
+    plan = checked_plan(all_linear, model, accelerator)
     choosing = recipe.override({"kernel.keep_softmax": recipe.kernel.keep_softmax or 1})
     sequences = load_sequences(choosing, model, tokenizer)
     student = make_student(model, plan, sequences, accelerator)
     with tempfile.TemporaryDirectory() as work:
-        later = {"logit_distillation.steps": 0, "label_training.steps": 0}
-        all_linear = recipe.override({"kernel.keep_softmax": 0} | later)
         run_stages(all_linear, student, sequences, accelerator, Path(work))
     arguments = (sequences.selection, recipe.evaluation.batch_size, accelerator)
     names = [module.name for module in plan.converted]
