@@ -60,11 +60,17 @@ class Settings:
     epochs: float
     learning_rate: float
     kernel_learning_rate: float
+    features: int | None
     transfer_steps: int
     transfer_batch: int
     transfer_rate: float
     label_weight: float
     hidden_state_weight: float
+
+    @property
+    def distils(self) -> bool:
+        """Whether the last stage needs the fine-tuned model, or labels alone."""
+        return self.label_weight < 1 or self.hidden_state_weight > 0
 
     def begin(self) -> None:
         """Makes the folder, or checks that its runs had these settings."""
@@ -119,7 +125,7 @@ class Benchmark:
             put_kernel(model, kernel)
         result = asdict(run) | facts | {"before": self.metrics(model, task)}
         if run.method != SOFTMAX:
-            teacher = self.fine_tuned(task, run.seed)
+            teacher = self.fine_tuned(task, run.seed) if self.settings.distils else None
             self.tune(model, task, task.converted_epochs, run.seed, teacher, train_kernels=run.kernel_task is None)
         result["metrics"] = self.metrics(model, task)
         if self.settings.held_out:
@@ -154,7 +160,8 @@ class Benchmark:
         return load_file(file), json.loads(facts.read_text())
 
     def converted(self, model: PreTrainedModel, method: str) -> PreTrainedModel:
-        return apply_plan(model, make_plan(model, KERNELS[method])).to(self.accelerator.device)
+        kernel = KERNELS[method].model_copy(update={"features": self.settings.features})
+        return apply_plan(model, make_plan(model, kernel)).to(self.accelerator.device)
 
     def learn_kernel(self, model: PreTrainedModel, task: str, seed: int, log: Path) -> dict:
         """Attention transfer on the task's texts; a kernel that has nothing to learn stays as it was drawn."""
@@ -189,7 +196,7 @@ class Benchmark:
         *,
         train_kernels: bool = True,
     ) -> None:
-        """Trains a model on a task; a teacher's student learns from labels as far as the settings say."""
+        """Trains a model on a task: on its labels, or where a teacher is given on what the settings weigh."""
         rows = self.rows(task.name)["train"]
         steps = max(1, round(self.settings.epochs * epochs * len(rows) / task.batch_size))
         recipe = LogitDistillationRecipe(

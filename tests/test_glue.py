@@ -149,7 +149,7 @@ def benchmark(module, data, encoder, tmp_path):
     settings = glue_models.Settings(
         **{"model": str(encoder), "data": data, "folder": tmp_path, "precision": "fp32", "held_out": False},
         **{"longest": 16, "epochs": 1, "learning_rate": 1e-2, "kernel_learning_rate": 1e-2},
-        **{"transfer_steps": 2, "transfer_batch": 4, "transfer_rate": 1e-2},
+        **{"features": 24, "transfer_steps": 2, "transfer_batch": 4, "transfer_rate": 1e-2},
         **{"label_weight": 0.5, "hidden_state_weight": 1.0},
     )
     settings.begin()
@@ -196,6 +196,7 @@ def test_batches_by_length(module):
 def test_moved_kernels_stay_as_they_were_learned(module, benchmark):
     glue_models, glue_tasks = module("glue_models"), module("glue_tasks")
     kernel, facts = benchmark.kernel("MRPC", "hedgehog", 0)
+    assert {weight.shape[-1] for weight in kernel.values()} == {24}
     task = glue_tasks.TASKS["CoLA"]
     for train_kernels in (False, True):
         model = benchmark.converted(benchmark.fine_tuned(task, 0), "hedgehog")
