@@ -2,10 +2,16 @@
 
     python benchmarks/glue.py --data GLUE --folder build/glue --processes 8
 
-Two protocols of arXiv:2606.27748. Conversion (Table 3): a model is fine-tuned on a task with softmax attention; its
-attention becomes linear; kernels alone learn the softmax attention on the task's text; then everything is fine-tuned on
-the task. Moved (Table 4): the kernel learned on one task is put into the model fine-tuned on another one and learns no
-more; figures are given as it is put there, and after fine-tuning all weights but the kernel.
+Two protocols after arXiv:2606.27748. Conversion (Table 3): a model is fine-tuned on a task with softmax attention; its
+attention becomes linear; kernels alone learn the softmax attention on the task's text; then everything is distilled on
+that text from the fine-tuned model: its answers (KL), its hidden states, and labels, as weighted by --label-weight and
+--hidden-state-weight. A label weight of 1 and a hidden state weight of 0 are the paper's fine-tuning without a teacher.
+Moved (Table 4): the kernel learned on one task is put into the model fine-tuned on another one and learns no more;
+figures are given as it is put there, and after distilling into all weights but the kernel. All kernels, and softmax
+attention itself (softmax-again), have the same steps, losses and learning rates.
+
+With --held-out, nothing learns from a tenth of the training set, on which runs are measured too: there settings are
+chosen.
 
 Each run leaves a JSON file in the folder, beside the weights that other runs need, and a second call makes what is
 missing only; so calls with other --tasks, --methods, --seeds may share a folder, and the table is of all it holds.
@@ -101,7 +107,7 @@ def table(results: list[dict]) -> str:
         line = [spread(cells[method][column]) for column in columns]
         rows.append([method, *line, spread(average), share, spread(averages["before"][method])])
     names = [f"{task} {metric}" for task, metric in columns]
-    return markdown_table(["attention", *names, "average", "of softmax", "average before fine-tuning"], rows)
+    return markdown_table(["attention", *names, "average", "of softmax", "average before distillation"], rows)
 
 
 def spread(values: list[float]) -> str:
@@ -123,11 +129,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=1, help="side by side on the device")
     parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto")
-    parser.add_argument("--held-out", action="store_true", help="measure on a tenth of the training set, not on dev")
+    parser.add_argument("--held-out", action="store_true", help="measure on a tenth of the training set too")
     parser.add_argument("--longest", type=int, default=128, help="tokens after which examples are cut")
     parser.add_argument("--epochs", type=float, default=1.0, help="multiplies every task's epochs")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--kernel-learning-rate", type=float, default=1e-3, help="in the fine-tuning")
+    parser.add_argument("--label-weight", type=float, default=0.5, help="the KL to the teacher has the rest")
+    parser.add_argument("--hidden-state-weight", type=float, default=3.0, help="of their relative error")
+    parser.add_argument("--features", type=int, help="frequencies per head, half of its features; head size by default")
     parser.add_argument("--transfer-steps", type=int, default=500)
     parser.add_argument("--transfer-batch", type=int, default=32)
     parser.add_argument("--transfer-rate", type=float, default=5e-3, help="learning rate of attention transfer")

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from glue_tasks import MULTIPLE, TASKS, Task, load_rows
+from glue_stage import Classification, padding_by_tokens
+from glue_tasks import TASKS, Task, load_rows
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator, to_device
 from flexdistill.distillation.attention_transfer import AttentionTransfer
 from flexdistill.distillation.loop import run_stage
 from flexdistill.distillation.measurement import measure_kernels
-from flexdistill.distillation.optimizers import make_optimizer, model_groups
-from flexdistill.distillation.stage import StepLosses, first_non_finite_module, kernel_parameters, trainable
-from flexdistill.distillation.throughput import kernel_flops, weight_flops
+from flexdistill.distillation.stage import kernel_parameters
 from flexdistill.packing import train_order
 from flexdistill.progress import progress_bars_on_terminals_only
-from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, ModelStageRecipe
+from flexdistill.recipe import AttentionTransferRecipe, KernelRecipe, LogitDistillationRecipe
 from flexdistill.runtime.interface import NAME
 from flexdistill.sources import load_tokenizer, resolve_model
 from flexdistill.storage import write_json
@@ -43,10 +39,12 @@ KERNELS = {
     "rfa": KernelRecipe(variant="rfa"),
     "performer": KernelRecipe(variant="performer"),
 }
-# what is fine-tuned as often as converted models are, softmax attention kept, tells what that alone gives
+# what learns from the fine-tuned model and labels as converted models do, softmax attention kept, tells what that gives
 SOFTMAX, SOFTMAX_AGAIN = "softmax", "softmax-again"
 METHODS = (SOFTMAX, SOFTMAX_AGAIN, *KERNELS)
 MEASURED_ROWS, EVALUATION_BATCH, LAST_STEPS = 64, 256, 20
+# sequences of about equal length that run at once where padding takes time; a GPU has them all at once
+MICRO_BATCH = {"cpu": 16}
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,17 @@ class Settings:
     epochs: float
     learning_rate: float
     kernel_learning_rate: float
+    features: int | None
     transfer_steps: int
     transfer_batch: int
     transfer_rate: float
+    label_weight: float
+    hidden_state_weight: float
+
+    @property
+    def distils(self) -> bool:
+        """Whether the last stage needs the fine-tuned model, or labels alone."""
+        return self.label_weight < 1 or self.hidden_state_weight > 0
 
     def begin(self) -> None:
         """Makes the folder, or checks that its runs had these settings."""
@@ -97,44 +103,6 @@ class Run:
         return "-".join([self.task, self.method, *filter(None, [self.kernel_task]), str(self.seed)])
 
 
-class Classification:
-    """A stage: the label of rows (B, 1 + T) is learned from their tokens."""
-
-    name = "classification"
-
-    def __init__(
-        self, model: PreTrainedModel, recipe: ModelStageRecipe, accelerator: Accelerator, *, train_kernels: bool
-    ):
-        self.model, self.accelerator = model, accelerator
-        kept = {} if train_kernels else kernel_parameters(model)
-        self._trained = {name: p for name, p in model.named_parameters() if name not in kept}
-        self.optimizer = make_optimizer(recipe, model_groups(model, self._trained, recipe), (0.9, 0.999))
-        self.clip_groups = [list(self._trained.values())]
-        self.scaler, self.states = torch.amp.GradScaler(enabled=False), {}
-
-    def trained(self) -> dict:
-        return self._trained
-
-    def active(self):
-        return trainable(self.model, set(self._trained))
-
-    def backward(self, sequences: torch.Tensor) -> StepLosses:
-        with self.accelerator.autocast():
-            logits = self.model(input_ids=sequences[:, 1:]).logits
-        loss = torch.nn.functional.cross_entropy(logits.float(), sequences[:, 0], reduction="sum")
-        loss.backward()
-        return StepLosses(loss.detach(), loss.new_full((), len(sequences)))
-
-    def flops_per_token(self, length: int) -> float:
-        return 3 * (weight_flops(self.model) + kernel_flops(self.model))
-
-    def blame(self, sequences: torch.Tensor) -> str:
-        return first_non_finite_module(self.model, lambda: self.model(input_ids=sequences[:, 1:]))
-
-    def finish(self) -> None:
-        """Nothing is left to do."""
-
-
 class Benchmark:
     """Makes models and kernels, or reads those that the folder has, and measures runs."""
 
@@ -145,9 +113,10 @@ class Benchmark:
         self.source = resolve_model(settings.model)
         self.tokenizer = load_tokenizer(self.source)
         self.rows = functools.cache(self._rows)
+        self.micro_batch_size = MICRO_BATCH.get(self.accelerator.device.type)
 
     def measure(self, run: Run) -> dict:
-        """The run's figures: metrics before and after the last fine-tuning."""
+        """The run's figures: metrics before and after the distillation."""
         started, task = time.perf_counter(), TASKS[run.task]
         model, facts = self.fine_tuned(task, run.seed), {}
         if run.method in KERNELS:
@@ -156,8 +125,11 @@ class Benchmark:
             put_kernel(model, kernel)
         result = asdict(run) | facts | {"before": self.metrics(model, task)}
         if run.method != SOFTMAX:
-            self.tune(model, task, task.converted_epochs, run.seed, train_kernels=run.kernel_task is None)
+            teacher = self.fine_tuned(task, run.seed) if self.settings.distils else None
+            self.tune(model, task, task.converted_epochs, run.seed, teacher, train_kernels=run.kernel_task is None)
         result["metrics"] = self.metrics(model, task)
+        if self.settings.held_out:
+            result["held_out"] = self.metrics(model, task, "held_out")
         return result | {"elapsed_s": round(time.perf_counter() - started, 1)}
 
     def fine_tuned(self, task: Task, seed: int) -> PreTrainedModel:
@@ -188,11 +160,12 @@ class Benchmark:
         return load_file(file), json.loads(facts.read_text())
 
     def converted(self, model: PreTrainedModel, method: str) -> PreTrainedModel:
-        return apply_plan(model, make_plan(model, KERNELS[method])).to(self.accelerator.device)
+        kernel = KERNELS[method].model_copy(update={"features": self.settings.features})
+        return apply_plan(model, make_plan(model, kernel)).to(self.accelerator.device)
 
     def learn_kernel(self, model: PreTrainedModel, task: str, seed: int, log: Path) -> dict:
         """Attention transfer on the task's texts; a kernel that has nothing to learn stays as it was drawn."""
-        tokens = self.rows(task)[0][:, 1:]
+        tokens = self.rows(task)["train"][:, 1:]
         lengths = (tokens != self.tokenizer.pad_token_id).sum(1)
         longest = tokens[lengths.argsort(descending=True)[:MEASURED_ROWS]]
         measure_kernels(model, longest.to(self.accelerator.device), self.accelerator)
@@ -202,8 +175,9 @@ class Benchmark:
             steps=self.settings.transfer_steps,
             batch_size=self.settings.transfer_batch,
             learning_rate=self.settings.transfer_rate,
+            micro_batch_size=self.micro_batch_size,
         )
-        order = train_order(len(tokens), recipe.steps, recipe.batch_size, seed)
+        order = by_length(train_order(len(tokens), recipe.steps, recipe.batch_size, seed), lengths)
         stage = AttentionTransfer(model, recipe, self.accelerator)
         run_stage(stage, recipe, tokens, order, self.accelerator, log_file=log)
         kls = [json.loads(line)["attention_kl"] for line in log.read_text().splitlines()]
@@ -212,10 +186,20 @@ class Benchmark:
             "attention_kl": {"first": kls[0], "last": statistics.fmean(kls[-LAST_STEPS:])},
         }
 
-    def tune(self, model: PreTrainedModel, task: Task, epochs: float, seed: int, *, train_kernels: bool = True) -> None:
-        rows = self.rows(task.name)[0]
+    def tune(
+        self,
+        model: PreTrainedModel,
+        task: Task,
+        epochs: float,
+        seed: int,
+        teacher: PreTrainedModel | None = None,
+        *,
+        train_kernels: bool = True,
+    ) -> None:
+        """Trains a model on a task: on its labels, or where a teacher is given on what the settings weigh."""
+        rows = self.rows(task.name)["train"]
         steps = max(1, round(self.settings.epochs * epochs * len(rows) / task.batch_size))
-        recipe = ModelStageRecipe(
+        recipe = LogitDistillationRecipe(
             steps=steps,
             batch_size=task.batch_size,
             learning_rate=self.settings.learning_rate,
@@ -224,17 +208,19 @@ class Benchmark:
             schedule="linear",
             final_learning_rate_ratio=0.0,
             warmup_steps=steps // 10,
+            micro_batch_size=self.micro_batch_size,
+            label_weight=self.settings.label_weight if teacher else 1.0,
+            hidden_state_weight=self.settings.hidden_state_weight if teacher else 0.0,
         )
         set_seed(seed)
-        stage = Classification(model.train(), recipe, self.accelerator, train_kernels=train_kernels)
-        order = train_order(len(rows), steps, task.batch_size, seed)
-        with padding_by_tokens(model, self.tokenizer):
-            run_stage(stage, recipe, rows, order, self.accelerator)
-        model.eval()
+        stage = Classification(model, recipe, self.accelerator, self.tokenizer, teacher, train_kernels=train_kernels)
+        lengths = (rows[:, 1:] != self.tokenizer.pad_token_id).sum(1)
+        order = by_length(train_order(len(rows), steps, task.batch_size, seed), lengths)
+        run_stage(stage, recipe, rows, order, self.accelerator)
 
     @torch.no_grad()
-    def metrics(self, model: PreTrainedModel, task: Task) -> dict[str, float]:
-        rows = self.rows(task.name)[1]
+    def metrics(self, model: PreTrainedModel, task: Task, split: str = "dev") -> dict[str, float]:
+        rows = self.rows(task.name)[split]
         rows = rows[(rows != self.tokenizer.pad_token_id).sum(1).argsort()]
         predicted = []
         with self.accelerator.autocast(), padding_by_tokens(model, self.tokenizer):
@@ -243,32 +229,14 @@ class Benchmark:
                 predicted += model(input_ids=tokens).logits.argmax(-1).tolist()
         return {name: metric(predicted, rows[:, 0].tolist()) for name, metric in task.metrics.items()}
 
-    def _rows(self, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, task: str) -> dict[str, torch.Tensor]:
         settings = self.settings
         return load_rows(settings.data, TASKS[task], self.tokenizer, settings.longest, held_out=settings.held_out)
 
 
-@contextlib.contextmanager
-def padding_by_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """The base model tells padding and the second text by the tokens alone, and cuts columns of padding off.
-
-    What is left has a multiple of 16 columns, for matrix units and so that Triton compiles kernels of one kind.
-    """
-
-    def read(base_model, args, kwargs):
-        tokens = kwargs.pop("input_ids") if "input_ids" in kwargs else args[0]
-        mask = tokens != tokenizer.pad_token_id
-        longest = -(-int(mask.sum(1).max()) // MULTIPLE) * MULTIPLE
-        tokens, mask = tokens[:, :longest], mask[:, :longest]
-        ends = tokens == tokenizer.sep_token_id
-        second = (ends.cumsum(1) - ends.long()).clamp_max(1) * mask
-        return (), kwargs | {"input_ids": tokens, "attention_mask": mask.long(), "token_type_ids": second}
-
-    handle = model.base_model.register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def by_length(order: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """An order (steps, batch) whose batches have short sequences first, so that micro-batches have little padding."""
+    return order.gather(1, lengths[order].argsort(1))
 
 
 def kernel_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-# of the training examples, which are held out where a run does not touch the development set
+# of the training examples, which settings are chosen on
 HELD_OUT = slice(0, None, 10)
 # columns of token rows
 MULTIPLE = 16
@@ -86,11 +86,18 @@ def token_rows(examples: tuple[list[list[str]], list[int]], tokenizer: PreTraine
     return torch.cat([torch.tensor(labels)[:, None], inputs["input_ids"]], dim=1)
 
 
-def load_rows(folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase, longest: int, *, held_out: bool):
-    """Rows to train on and rows to measure on: the development set, or a tenth of the training set that is held out."""
-    rows = token_rows(read_examples(folder, task, "train"), tokenizer, longest)
-    if not held_out:
-        return rows, token_rows(read_examples(folder, task, "dev"), tokenizer, longest)
-    kept = torch.ones(len(rows), dtype=torch.bool)
-    kept[HELD_OUT] = False
-    return rows[kept], rows[~kept]
+def load_rows(
+    folder: Path, task: Task, tokenizer: PreTrainedTokenizerBase, longest: int, *, held_out: bool
+) -> dict[str, torch.Tensor]:
+    """Rows of the training set, as `train`, and of the development set, as `dev`.
+
+    Args:
+        held_out: takes a tenth of the training set apart, as `held_out`.
+    """
+    splits = {split: token_rows(read_examples(folder, task, split), tokenizer, longest) for split in ("train", "dev")}
+    if held_out:
+        rows = splits["train"]
+        kept = torch.ones(len(rows), dtype=torch.bool)
+        kept[HELD_OUT] = False
+        splits |= {"train": rows[kept], "held_out": rows[~kept]}
+    return splits

@@ -97,21 +97,25 @@ def relative_output_error(teacher: torch.Tensor, student: torch.Tensor, visible:
     return (error / scale.clamp_min(torch.finfo(scale.dtype).tiny) * tokens).sum(), tokens.sum()
 
 
-def hidden_state_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> Loss:
+def hidden_state_error(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], weight: torch.Tensor | None = None
+) -> Loss:
     """Squared error of hidden states over the teacher's mean square at the same position, the mean over layers.
 
     Args:
         student, teacher: (B, T, E) of any dtype after each layer; computed in float32.
+        weight: (B, T) of each position, 0 at padding; None: 1.
 
     Returns:
-        sum over positions, and their number.
+        weighted sum over positions, and the sum of their weights.
     """
     rows = sum(
         (ours.float() - theirs.float()).square().mean(-1)
         / theirs.float().square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
         for ours, theirs in zip(student, teacher, strict=True)
     ) / len(student)
-    return rows.sum(), rows.new_tensor(rows.numel())
+    weight = torch.ones_like(rows) if weight is None else weight
+    return (rows * weight).sum(), weight.sum()
 
 
 def kl_divergence(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0) -> Loss:

@@ -82,16 +82,17 @@ def test_files(module, data, encoder):
             texts, labels = tasks.read_examples(data, tasks.TASKS[name], split)
             assert texts[0] == first and labels == [0, 1] * 10
     tokenizer = sources.load_tokenizer(sources.resolve_model(str(encoder)))
-    training, held_out = tasks.load_rows(data, tasks.TASKS["MRPC"], tokenizer, 16, held_out=True)
-    everything, dev = tasks.load_rows(data, tasks.TASKS["MRPC"], tokenizer, 16, held_out=False)
-    assert everything.equal(dev) and everything.shape == (20, 17)
-    assert held_out.equal(everything[[0, 10]]) and len(training) == 18
+    parts = tasks.load_rows(data, tasks.TASKS["MRPC"], tokenizer, 16, held_out=True)
+    whole = tasks.load_rows(data, tasks.TASKS["MRPC"], tokenizer, 16, held_out=False)
+    everything = whole["train"]
+    assert everything.shape == (20, 17) and everything.equal(whole["dev"]) and everything.equal(parts["dev"])
+    assert parts["held_out"].equal(everything[[0, 10]]) and len(parts["train"]) == 18 and "held_out" not in whole
     # label, [CLS] the a cat [SEP] " of unknown words [SEP]
     assert everything[0].tolist() == [0, 1, 4, 5, 6, 2, 3, 3, 5, 3, 2] + [0] * 6
 
 
 def test_padding_by_tokens(module, data, encoder):
-    glue_models = module("glue_models")
+    stage = module("glue_stage")
     model = BertModel.from_pretrained(encoder).eval()
     sources = module("flexdistill.sources")
     tokenizer = sources.load_tokenizer(sources.resolve_model(str(encoder)))
@@ -102,7 +103,7 @@ def test_padding_by_tokens(module, data, encoder):
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
         wider = torch.nn.functional.pad(inputs["input_ids"], (0, 24 - 8))
-        with glue_models.padding_by_tokens(model, tokenizer):
+        with stage.padding_by_tokens(model, tokenizer):
             for found in (model(wider).last_hidden_state, model(input_ids=wider).last_hidden_state):
                 assert found.shape[1] == 16
                 torch.testing.assert_close(found[:, :8][seen], expected[seen])
@@ -142,22 +143,66 @@ def test_runs(module, data, encoder, monkeypatch, capsys, tmp_path):
         run_script("glue.py", monkeypatch, capsys, *fixed, "--epochs", "1")
 
 
-def test_moved_kernels_stay_as_they_were_learned(module, data, encoder, tmp_path):
-    glue_models, glue_tasks = module("glue_models"), module("glue_tasks")
+@pytest.fixture
+def benchmark(module, data, encoder, tmp_path):
+    glue_models = module("glue_models")
     settings = glue_models.Settings(
         **{"model": str(encoder), "data": data, "folder": tmp_path, "precision": "fp32", "held_out": False},
         **{"longest": 16, "epochs": 1, "learning_rate": 1e-2, "kernel_learning_rate": 1e-2},
-        **{"transfer_steps": 2, "transfer_batch": 4, "transfer_rate": 1e-2},
+        **{"features": 24, "transfer_steps": 2, "transfer_batch": 4, "transfer_rate": 1e-2},
+        **{"label_weight": 0.5, "hidden_state_weight": 1.0},
     )
     settings.begin()
-    benchmark = glue_models.Benchmark(settings)
+    return glue_models.Benchmark(settings)
+
+
+def test_distillation(module, benchmark):
+    """Losses are 0 in softmax mode and fall by training; those of a batch are the sum of its rows'."""
+    modes, recipes = module("flexdistill.attention_modes"), module("flexdistill.recipe")
+    task = module("glue_tasks").TASKS["MRPC"]
+    teacher, rows = benchmark.fine_tuned(task, 0), benchmark.rows("MRPC")["train"]
+    model = benchmark.converted(benchmark.fine_tuned(task, 0), "nonstationary")
+    stage = module("glue_stage").Classification(
+        model,
+        recipes.LogitDistillationRecipe(label_weight=0.25, hidden_state_weight=2),
+        benchmark.accelerator,
+        benchmark.tokenizer,
+        teacher,
+    )
+    with stage.active():
+        assert not model.training
+        with modes.softmax_mode(model):
+            alike = stage.backward(rows)
+        assert alike.parts["kl"] == 0 and alike.parts["hidden_state_error"] == 0
+        # a model as small as this one hardly attends, so it is harmed otherwise
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+        before = stage.backward(rows)
+        parts = [stage.backward(row) for row in rows.split(1)]
+    assert before.parts["hidden_state_error"] > 0 and float(before.count) == len(rows)
+    assert float(sum(part.total for part in parts)) == pytest.approx(float(before.total), rel=1e-5)
+    weights = {"label_loss": 0.25, "kl": 0.75, "hidden_state_error": 2}
+    expected = sum(weight * float(before.parts[name]) for name, weight in weights.items())
+    assert float(before.total) == pytest.approx(expected, rel=1e-5)
+    benchmark.tune(model, task, 20, 0, teacher)
+    with stage.active():
+        assert stage.backward(rows).parts["hidden_state_error"] < before.parts["hidden_state_error"]
+
+
+def test_batches_by_length(module):
+    order, lengths = torch.tensor([[0, 1, 2], [3, 0, 1]]), torch.tensor([9, 5, 7, 1])
+    assert module("glue_models").by_length(order, lengths).tolist() == [[1, 2, 0], [3, 1, 0]]
+
+
+def test_moved_kernels_stay_as_they_were_learned(module, benchmark):
+    glue_models, glue_tasks = module("glue_models"), module("glue_tasks")
     kernel, facts = benchmark.kernel("MRPC", "hedgehog", 0)
+    assert {weight.shape[-1] for weight in kernel.values()} == {24}
     task = glue_tasks.TASKS["CoLA"]
     for train_kernels in (False, True):
         model = benchmark.converted(benchmark.fine_tuned(task, 0), "hedgehog")
         glue_models.put_kernel(model, kernel)
         weight = model.classifier.weight.clone()
-        benchmark.tune(model, task, 1, 0, train_kernels=train_kernels)
+        benchmark.tune(model, task, 1, 0, benchmark.fine_tuned(task, 0), train_kernels=train_kernels)
         state = glue_models.kernel_state(model)
         assert all(state[name].equal(kernel[name]) for name in kernel) != train_kernels
         assert not model.classifier.weight.equal(weight)
