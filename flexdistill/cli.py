@@ -263,7 +263,7 @@ def compare(
     elif is_main_process():
         print_table(*comparison_table(comparison), title=model)
     if is_main_process() and not has_matplotlib():
-        print("There are no plots, which need matplotlib: pip install 'flexdistill[plots]'.", file=sys.stderr)
+        print("There are no plots, which need matplotlib: install flexdistill with its extra [plots].", file=sys.stderr)
 
 
 @app.command()
@@ -320,8 +320,8 @@ def main() -> None:
     try:
         with long_names():
             app(prog_name="flexdistill")
-    except FlexdistillError as error:
-        if os.environ.get("FLEXDISTILL_DEBUG") == "1":
+    except Exception as error:
+        if os.environ.get("FLEXDISTILL_DEBUG") == "1" or not _is_for_users(error):
             raise
         if "RANK" in os.environ:
             from .launcher import report
@@ -336,3 +336,8 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_for_users(error: Exception) -> bool:
+    backend = sys.modules.get("flexdistill.runtime.backend")  # it imports torch, which not every command does
+    return isinstance(error, FlexdistillError) or (backend is not None and isinstance(error, backend.BackendError))

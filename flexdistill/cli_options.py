@@ -67,7 +67,7 @@ Component = Annotated[str | None, kernel_option(help="Component function; `flexd
 Matrix = Annotated[str | None, kernel_option(help="Frequencies of spectraformer, such as orf.")]
 Features = Annotated[int | None, kernel_option(help="Frequencies n per head; a map has 2 n features.")]
 Window = Annotated[int | None, kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
-Sinks = Annotated[int | None, kernel_option(help="First tokens that keep it too, beside --window.")]
+Sinks = Annotated[int | None, kernel_option(help="First tokens that stay exact beside --window; else 4.")]
 Decay = Annotated[bool | None, kernel_option("--decay/--no-decay", help="Features forget at learned rates, or never.")]
 LongestWavelength = Annotated[
     int | None, kernel_option(metavar="TOKENS", help="Of the rotary embedding that kernels see; 0: none of it.")
@@ -83,7 +83,7 @@ SequenceLength = Annotated[int | None, training_option(help="Tokens per sequence
 AttentionSteps = Annotated[int | None, training_option(help="Steps of attention transfer.")]
 BatchSize = Annotated[int | None, training_option(help="Sequences per step, in all stages.")]
 MicroBatchSize = Annotated[int | None, training_option(help="Sequences per forward pass.")]
-Train = Annotated[str | None, training_option(metavar="full|lora|kernels", help="What is trained besides.")]
+Train = Annotated[str | None, training_option(metavar="full|lora|kernels", help="What is trained beside the kernels.")]
 EvalData = Annotated[str | None, training_option(metavar="SOURCE", help="As --data; else held out of it.")]
 Seed = Annotated[int | None, training_option(help="Fixes the data order and the initial kernels.")]
 Precision = Annotated[str | None, training_option(metavar="auto|fp32|tf32|bf16|fp16")]

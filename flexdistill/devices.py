@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import FlexdistillError
+from .runtime.backend import fused_operators
 
 
 def make_accelerator(precision: str, *, cpu_offload: bool = False) -> Accelerator:
@@ -24,6 +25,7 @@ def make_accelerator(precision: str, *, cpu_offload: bool = False) -> Accelerato
     Raises:
         FlexdistillError: for a precision that needs a GPU where there is none, or where Accelerate's own configuration
             asks for what the recipe decides.
+        BackendError: if the environment asks for a backend of attention that cannot run.
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
@@ -42,7 +44,9 @@ def make_accelerator(precision: str, *, cpu_offload: bool = False) -> Accelerato
     AcceleratorState._reset_state()
     mixed_precision = precision if precision in ("bf16", "fp16") else "no"
     handlers = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if cpu_offload and on_gpu else []
-    return Accelerator(mixed_precision=mixed_precision, cpu=not on_gpu, kwargs_handlers=handlers)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not on_gpu, kwargs_handlers=handlers)
+    fused_operators(accelerator.device)  # a backend that cannot run is told before anything is read
+    return accelerator
 
 
 @contextlib.contextmanager

@@ -190,6 +190,11 @@ def teacher_of(directory: str | Path) -> str:
         if not isinstance(teacher, str):
             raise TypeError(teacher)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        if not Path(directory).is_dir():
+            raise FlexdistillError(
+                f"{directory} is no folder here, and only folders of `flexdistill convert` say which model they were "
+                "made from; check the name, or name the model with --teacher."
+            ) from error
         raise FlexdistillError(
             f"{directory} does not say which model it was made from, as folders of `flexdistill convert` do; name the "
             "model with --teacher."

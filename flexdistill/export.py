@@ -50,6 +50,8 @@ def export(
         with progress_bars_on_terminals_only():
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
+            for weights in aside.glob("*.safetensors"):  # written for their owner alone
+                weights.chmod((aside / "config.json").stat().st_mode)
             metrics["reload_max_logit_difference"] = _reload_difference(model, aside)
         (aside / "recipe.yaml").write_text(recipe.to_yaml())
         (aside / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -63,7 +63,7 @@ def evaluate_tasks(
         FlexdistillError: if the harness is missing, or a task, model or file cannot be read.
     """
     if find_spec("lm_eval") is None:
-        raise FlexdistillError("Tasks need lm-evaluation-harness, which is missing: pip install 'flexdistill[eval]'.")
+        raise FlexdistillError("Tasks need lm-evaluation-harness, which is missing; install the extra [eval].")
     specs = [_spec(task, data or {}) for task in tasks]
     if unused := next((name for name in data or {} if name not in tasks), None):
         raise FlexdistillError(f"There is data for {unused!r}, which is not among the tasks; name it in --tasks.")

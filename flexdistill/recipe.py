@@ -40,10 +40,10 @@ class StageRecipe(Section):
     steps: int = Field(ge=0, description="optimiser steps; 0 skips the stage")
     batch_size: int = Field(8, ge=1, description="sequences per optimiser step, over all processes")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="sequences per forward pass and process; None: as many as the batch gives"
+        None, ge=1, description="sequences per forward pass and process; null: as many as the batch gives"
     )
     max_memory: Bytes | None = Field(
-        None, gt=0, description="bytes of a GPU, such as 20GiB, that micro-batches are made to fit; None: no trial"
+        None, gt=0, description="bytes of a GPU, such as 20GiB, that micro-batches are made to fit; null: no trial"
     )
     compile: bool = Field(
         False, description="compile the model's layers with Inductor: steps are shorter, the first by far longer"
@@ -57,7 +57,7 @@ class StageRecipe(Section):
     )
     clip_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="the stage ends with an exponential average of its weights; None: with the last"
+        None, gt=0, lt=1, description="the stage ends with an exponential average of its weights; null: with the last"
     )
     validation_every: int = Field(0, ge=0, description="steps between losses on held-out sequences; 0: never")
     patience: int | None = Field(
@@ -89,7 +89,7 @@ class AttentionTransferRecipe(StageRecipe):
     cross_entropy_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy between attention rows")
     output_mse_weight: float = Field(1.0, ge=0, description="weight of the relative error of the attention output")
     negative_mass_weight: float | None = Field(
-        None, ge=0, description="weight of the negative mass of a signed kernel; None: 2 where the kernel is signed"
+        None, ge=0, description="weight of the negative mass of a signed kernel; null: 2 where the kernel is signed"
     )
 
 
@@ -106,7 +106,7 @@ class ModelStageRecipe(StageRecipe):
 
     optimizer: Literal["adam", "adamw"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0, description="for the model's weights or adapters")
-    norm_learning_rate: float | None = Field(None, gt=0, description="for the weights of norms; None: learning_rate")
+    norm_learning_rate: float | None = Field(None, gt=0, description="for the weights of norms; null: learning_rate")
     kernel_learning_rate: float = Field(1e-3, gt=0, description="for the kernels")
     weight_decay: float = Field(
         0.0, ge=0, description="of the weights, not of kernels and norms; only with optimizer: adamw"
@@ -169,7 +169,7 @@ class LabelTrainingRecipe(ModelStageRecipe):
     """Stage 3, or training from scratch: all weights learn the next token of the text itself, without a teacher."""
 
     steps: int = Field(0, ge=0)
-    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
+    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; null: data.sequence_length")
 
 
 # in the order in which they run

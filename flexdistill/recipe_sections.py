@@ -42,35 +42,42 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def near_in_words(window: int, sinks: int) -> str:
+    """What keeps exact softmax attention beside a kernel."""
+    if not window:
+        return "no softmax window"
+    return f"softmax window of {window} tokens" + (f" and {sinks} sinks" if sinks else "")
+
+
 class KernelRecipe(Section):
     """Which kernel replaces softmax attention."""
 
     variant: str = Field("nonstationary", description="registered kernel; `flexdistill variants` lists them")
-    component: str | None = Field(None, description="component function; None: the variant's first, if it has any")
-    matrix: str | None = Field(None, description="frequencies of Spectraformer's grid; None: fastfood_learnable")
+    component: str | None = Field(None, description="component function; null: the variant's first, if it has any")
+    matrix: str | None = Field(None, description="frequencies of Spectraformer's grid; null: fastfood_learnable")
     features: int | None = Field(
-        None, ge=1, description="frequencies per head; the map has twice as many features; None: head size"
+        None, ge=1, description="frequencies per head; the map has twice as many features; null: head size"
     )
     horizon: int | None = Field(
-        None, ge=1, description="tokens after which cosFormer's kernel ends; None: the model's positions"
+        None, ge=1, description="tokens after which cosFormer's kernel ends; null: the model's positions"
     )
     decay: bool | None = Field(
         None,
-        description="features of causal layers forget at learned rates; None: only where the variant's default says so",
+        description="features of causal layers forget at learned rates; null: only where the variant's default says so",
     )
     longest_wavelength: int | None = Field(
         None,
         ge=0,
         description="tokens; rotary embedding that takes longer to turn once is taken out of what kernels see, 0 takes "
-        "out all; None: the variant's default in layers that decay, 0 behind a window as long",
+        "out all; null: the variant's default in layers that decay, 0 where the window is as long",
     )
-    tied: bool | None = Field(None, description="one map for queries and keys; None: the variant's default")
+    tied: bool | None = Field(None, description="one map for queries and keys; null: the variant's default")
     key_heads: Literal["query", "kv"] = Field(
         "query", description="a key map and a state per query head, or per KV head"
     )
     window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
     sinks: int | None = Field(
-        None, ge=0, description="first tokens of a sequence that keep it beside the window; None: 4 where there is one"
+        None, ge=0, description="first tokens of a sequence that keep it beside the window; null: 4 where there is one"
     )
     layers: str = Field("all", description="layers to convert: all, indices such as 0-5,9, every:4, or name patterns")
     keep_layers: str | None = Field(None, description="layers that stay softmax, written as `layers`")
@@ -86,9 +93,7 @@ class KernelRecipe(Section):
     @property
     def near(self) -> str:
         """What keeps exact softmax attention, in words."""
-        if not self.window:
-            return "no softmax window"
-        return f"softmax window of {self.window} tokens" + (f" and {self.num_sinks} sinks" if self.num_sinks else "")
+        return near_in_words(self.window, self.num_sinks)
 
     @model_validator(mode="after")
     def _sinks_beside_a_window(self) -> KernelRecipe:
@@ -104,8 +109,8 @@ class TextRecipe(Section):
         description="file or folder of text, jsonl or parquet (also .xz .gz .zst), a `datasets` name, or `sample`"
     )
     config: str | None = Field(None, description="configuration of a `datasets` name")
-    split: str | None = Field(None, description="split of a `datasets` name; None: train")
-    column: str | None = Field(None, description="column that holds the text; None: text")
+    split: str | None = Field(None, description="split of a `datasets` name; null: train")
+    column: str | None = Field(None, description="column that holds the text; null: text")
 
 
 class WeightedTextRecipe(TextRecipe):
@@ -153,11 +158,11 @@ class DataRecipe(TextRecipe):
 class EvaluationRecipe(Section):
     """What teacher and student are compared on."""
 
-    source: str | None = Field(None, description="as data.source; None: sequences held out from the training data")
+    source: str | None = Field(None, description="as data.source; null: sequences held out from the training data")
     config: str | None = Field(None, description="as data.config")
     split: str | None = Field(None, description="as data.split")
     column: str | None = Field(None, description="as data.column")
-    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; None: data.sequence_length")
+    sequence_length: int | None = Field(None, ge=2, description="tokens per sequence; null: data.sequence_length")
     sequences: int = Field(48, ge=1, description="sequences evaluated, taken in order")
     batch_size: int = Field(8, ge=1, description="sequences per forward pass")
 
@@ -172,8 +177,8 @@ class EvaluationRecipe(Section):
 class CheckpointRecipe(Section):
     """Where an interrupted run goes on."""
 
-    every_steps: int | None = Field(100, ge=1, description="None: not by steps")
-    every_minutes: float | None = Field(None, gt=0, description="whichever comes first; None: not by time")
+    every_steps: int | None = Field(100, ge=1, description="null: not by steps")
+    every_minutes: float | None = Field(None, gt=0, description="whichever comes first; null: not by time")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
 
 

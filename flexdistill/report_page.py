@@ -76,7 +76,7 @@ def write_report(
     """
     folder, output = Path(directory).expanduser(), Path(output).expanduser()
     if not has_matplotlib():
-        raise FlexdistillError("A report draws with matplotlib, which is missing: pip install 'flexdistill[report]'.")
+        raise FlexdistillError("A report draws with matplotlib, which is missing; install the extra [report].")
     if output.exists() and not overwrite:
         raise FlexdistillError(f"{output} exists; choose another --output or pass --overwrite.")
     if not output.parent.is_dir():

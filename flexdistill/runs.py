@@ -97,11 +97,14 @@ class Run:
         accelerator.wait_for_everyone()
         return checkpoints, checkpoint
 
-    def _check_same(self, recipe: Recipe, hashes: dict[str, str]) -> None:
-        settings = self.work / RECIPE
-        if not settings.is_file():
+    def check_unfinished(self) -> None:
+        """Raises FlexdistillError if there is nothing to go on from."""
+        if not (self.work / RECIPE).is_file():
             raise FlexdistillError(f"There is no unfinished run in {self.work} to resume; leave --resume out.")
-        _check_same_recipe(Recipe.load(settings), recipe)
+
+    def _check_same(self, recipe: Recipe, hashes: dict[str, str]) -> None:
+        self.check_unfinished()
+        _check_same_recipe(Recipe.load(self.work / RECIPE), recipe)
         changed = [name for name, before in read_json(self.work / _INPUTS).items() if before != hashes[name]]
         if changed:
             raise FlexdistillError(
@@ -133,6 +136,8 @@ def open_run(output: str | Path, *, overwrite: bool, resume: bool, inputs: tuple
         run = Run(output, held, check, resume)
         with run.interruption:
             check()
+            if resume:
+                run.check_unfinished()
             yield run
         if PartialState().is_main_process:
             shutil.rmtree(run.work)

@@ -245,7 +245,7 @@ def _package_folders(package: str) -> list[Path]:
             return [Path(folder) for folder in spec.submodule_search_locations]
         files = importlib.metadata.files(package) or []
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        raise FlexdistillError(f"Package {package!r} is not installed; run `pip install {package}`.") from error
+        raise FlexdistillError(f"Package {package!r} is not installed; check its name, or install it.") from error
     inside = [file for file in files if len(file.parts) > 1 and ".." not in file.parts]
     return sorted({Path(file.locate()).parents[len(file.parts) - 2] for file in inside})
 

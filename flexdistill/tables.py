@@ -68,6 +68,13 @@ def print_plan(plan: Plan) -> None:
         )
     print_table(columns, rows)
     line = f"Adds {plan.parameters:,} parameters."
+    if plan.converted:
+        from .recipe_sections import near_in_words  # pydantic takes a while, and few tables need it
+
+        spec = plan.converted[0].spec
+        kernel = " ".join(filter(None, (spec.variant, spec.component)))
+        fading = "features that decay" if spec.decay else "no decay"
+        line = f"Kernel: {kernel}, {fading}, {near_in_words(spec.window, spec.sinks)}. {line}"
     if plan.kv_bytes_per_token:
         line += (
             f" A sequence keeps {format_bytes(plan.state_bytes)} of state instead of "

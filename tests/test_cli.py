@@ -200,6 +200,8 @@ def test_results_as_table_and_json(run, converted):
         ("compare ./missing --variants hedgehog", "'./missing' does not exist"),
         ("evaluate gpt2 --data sample", "name the model with --teacher"),
         ("evaluate gpt2 --teacher gpt2 --tasks piqa --task-data piqa", "write NAME=VALUE"),
+        ("evaluate gpt2 --data sample", "gpt2 is no folder here"),
+        ("convert gpt2 --resume", "no unfinished run"),
         ("inspect ./missing", "'./missing' does not exist"),
         ("generate ./missing x", "'./missing' does not exist"),
     ],
@@ -209,6 +211,14 @@ def test_errors_are_one_line_and_exit_code_2(run, arguments, message):
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("Error: ") and result.err.count("\n") == 1
     assert message in result.err
+
+
+def test_a_backend_that_does_not_exist_is_an_error_of_one_line(run, monkeypatch):
+    monkeypatch.setenv("FLEXDISTILL_BACKEND", "tritn")
+    for command in ("convert gpt2 --data sample", "compare gpt2 --variants hedgehog"):
+        result = run(*command.split())
+        assert (result.code, result.out) == (2, "") and result.err.count("\n") == 1
+        assert "FLEXDISTILL_BACKEND=tritn names no backend; choose triton or torch" in result.err
 
 
 @pytest.mark.parametrize(
@@ -319,6 +329,7 @@ def test_only_the_first_process_prints(run, converted, monkeypatch, variable):
 
 def test_inspect_collapses_equal_layers(run, models):
     result = run("inspect", str(models / "llama"), "--window", "8", "--key-heads", "kv")
+    assert "nonstationary hyperbolic, features that decay, softmax window of 8 tokens and 4 sinks. Adds" in result.out
     assert result.code == 0
     assert "layers.{0..1}.self_attn" in result.out
     assert "smaller from" in result.out
@@ -404,7 +415,7 @@ def test_compare(run, models, tmp_path, monkeypatch):
     arguments += ["--set", "data.cache=false"]  # which would be told
     again = run(*arguments, "--set", "evaluation.sequences=2", "--resume")
     assert "hedgehog, window 4: window only" in again.out
-    assert again.err == "There are no plots, which need matplotlib: pip install 'flexdistill[plots]'.\n"
+    assert again.err == "There are no plots, which need matplotlib: install flexdistill with its extra [plots].\n"
 
 
 def test_generate_refuses_what_is_not_converted(run, models):

@@ -99,6 +99,11 @@ def test_what_needs_a_gpu_is_refused_without(sources, tmp_path, settings, messag
     assert list(tmp_path.iterdir()) == []
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(results):
+    folder, *_ = results["llama"]
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 @pytest.mark.parametrize(
     ("processes", "precision", "message"),
     [

@@ -256,7 +256,7 @@ def test_command(converted, run):
 def test_matplotlib_is_missing(converted, run, monkeypatch):
     monkeypatch.setattr(report_page, "has_matplotlib", lambda: False)
     result = run("report", str(converted / "out"))
-    assert result.code == 2 and "pip install 'flexdistill[report]'" in result.err and result.err.count("\n") == 1
+    assert result.code == 2 and "install the extra [report]" in result.err and result.err.count("\n") == 1
 
 
 def chromium(*arguments: str, home: Path) -> str:

@@ -162,7 +162,7 @@ def test_gguf_in_pieces_over_several_packages(tmp_path, monkeypatch, write_gguf)
 
 
 def test_packages_without_a_model_are_errors():
-    rejected("not installed; run `pip install no-such-package`", resolve_model, "package:no-such-package")
+    rejected("not installed; check its name, or install it", resolve_model, "package:no-such-package")
     rejected("not installed", resolve_model, "package:__main__")
     rejected("Package '' is not installed", resolve_model, "package:")
     rejected("Package 'pytest' holds no model", resolve_model, "package:pytest")

@@ -10,6 +10,10 @@ from .feature_maps import FeatureMap
 VARIABLE = "FLEXDISTILL_BACKEND"
 
 
+class BackendError(RuntimeError):
+    """The environment asks for a backend that does not exist, cannot run or does not know the kernel."""
+
+
 def fused_operators(device: torch.device):
     """The fused operators' module for tensors on `device`, or None where torch computes.
 
@@ -17,7 +21,7 @@ def fused_operators(device: torch.device):
     as well, Triton's interpreter serves on CPU.
 
     Raises:
-        RuntimeError: if the variable asks for a backend that does not exist or cannot run.
+        BackendError: if the variable asks for a backend that does not exist or cannot run.
     """
     return _fused_operators(device.type, device.index, os.environ.get(VARIABLE))
 
@@ -26,21 +30,21 @@ def operators_for(feature_map: FeatureMap, query: torch.Tensor, value: torch.Ten
     """`fused_operators`, or None also where they do not know this map, these sizes or this dtype.
 
     Raises:
-        ValueError: if they do not, and the environment asks for them; RuntimeError: as `fused_operators` does.
+        BackendError: if they do not and the variable asks for them, and as `fused_operators` does.
     """
     fused = fused_operators(query.device)
     obstacle = None if fused is None else fused.obstacle(feature_map, query, value)
     if obstacle is None:
         return fused
     if os.environ.get(VARIABLE) == "triton":
-        raise ValueError(f"{VARIABLE}=triton cannot serve here: {obstacle}; unset it or choose torch.")
+        raise BackendError(f"{VARIABLE}=triton cannot serve here: {obstacle}; unset it or choose torch.")
     return None
 
 
 @functools.cache
 def _fused_operators(kind: str, index: int | None, asked: str | None):
     if asked not in (None, "triton", "torch"):
-        raise RuntimeError(f"{VARIABLE}={asked} names no backend; choose triton or torch, or leave it unset.")
+        raise BackendError(f"{VARIABLE}={asked} names no backend; choose triton or torch, or leave it unset.")
     if asked == "torch" or (asked is None and kind != "cuda"):
         return None
     obstacle = _obstacle(kind, index)
@@ -49,7 +53,7 @@ def _fused_operators(kind: str, index: int | None, asked: str | None):
 
         return FusedAttention
     if asked == "triton":
-        raise RuntimeError(f"{VARIABLE}=triton cannot run: {obstacle}; unset it or choose torch.")
+        raise BackendError(f"{VARIABLE}=triton cannot run: {obstacle}; unset it or choose torch.")
     return None
 
 

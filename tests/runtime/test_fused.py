@@ -5,7 +5,7 @@ import torch
 
 from flexdistill.runtime import backend
 from flexdistill.runtime.attention import attend, attention_weights, count_guards
-from flexdistill.runtime.backend import VARIABLE, fused_operators
+from flexdistill.runtime.backend import VARIABLE, BackendError, fused_operators
 from flexdistill.runtime.feature_maps import constant_zeros
 from flexdistill.runtime.near import kinds_and_spans
 from flexdistill.runtime.registry import feature_map_class, kernels
@@ -353,9 +353,9 @@ def test_backend_is_chosen_once_and_checked(monkeypatch):
 
 
 def test_unknown_kernel_is_refused_when_triton_was_asked_for():
-    with pytest.raises(ValueError, match="hedgehog"):
+    with pytest.raises(BackendError, match="hedgehog"):
         attend(kernel("hedgehog", None), *query_key_value(4), scaling=SCALING)
-    with pytest.raises(ValueError, match="signed features do not decay there"):
+    with pytest.raises(BackendError, match="signed features do not decay there"):
         attend(kernel("nonstationary+decay", "trigonometric"), *query_key_value(4), scaling=SCALING)
 
 
