@@ -360,17 +360,16 @@ def test_unknown_kernel_is_refused_when_triton_was_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "sinks", "side"),
+    ("length", "window", "sinks", "side", "rotary"),
     [
-        (150, 5, 3, "none"),
-        (150, 5, 3, "left"),
-        (200, 40, 70, "left"),
-        (130, 5, 3, "gaps"),
-        (70, 64, 1, "all"),
-        (3, 2, 9, "none"),
+        (150, 5, 3, "none", "halves"),
+        (150, 5, 3, "left", None),
+        (200, 40, 70, "left", None),
+        (130, 5, 3, "gaps", "halves"),
+        (70, 64, 1, "all", "halves"),
+        (3, 2, 9, "none", None),
     ],
 )
-@pytest.mark.parametrize("rotary", [None, "halves"])
 def test_sinks_are_torchs(length, window, sinks, side, rotary, monkeypatch):
     feature_map = kernel("nonstationary+decay", "hyperbolic", window=window, sinks=sinks, rotary=rotary)
     visible = padding(length, "left" if side == "gaps" else side)
@@ -389,8 +388,9 @@ def test_sinks_of_packed_sequences_are_torchs(hidden, monkeypatch):
     assert_same(both_backends(feature_map, inputs, monkeypatch, visible=visible, boundaries=boundaries))
 
 
-@pytest.mark.parametrize("pieces", [[40, 1, 1, 30], [1] * 9, [2, 1, 90]])
-@pytest.mark.parametrize("rotary", [None, "halves"])
+@pytest.mark.parametrize(
+    ("pieces", "rotary"), [([40, 1, 1, 30], "halves"), ([1] * 9, None), ([1] * 9, "halves"), ([2, 1, 90], None)]
+)
 @torch.no_grad()
 def test_sinks_are_kept_through_prefill_and_decoding(pieces, rotary, monkeypatch):
     feature_map = kernel("nonstationary+decay", "hyperbolic", window=4, sinks=3, rotary=rotary)
