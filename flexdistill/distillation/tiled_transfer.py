@@ -13,7 +13,7 @@ from ..losses import AttentionRows, over_queries, relative_output_error
 from ..runtime.attention import _features, count_guarded
 from ..runtime.backend import fused_operators
 from ..runtime.feature_maps import GATE_UNIT, Context, FeatureMap, Features
-from ..runtime.near import SINK, token_kinds
+from ..runtime.near import SINK, token_kinds, visible_or_all
 from ..runtime.rotary import Rotation, kernel_side
 from . import transfer_operators
 from .transfer_features import are_fused, fused_features
@@ -79,9 +79,7 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
     features = make(feature_map, far_query, far_key, scaling, window, dtype, visible)
     log_weight, mix = features.key_log_weight, features.query_log_scale
     if spec.sinks:
-        if visible is None:
-            visible = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-        visible = token_kinds(visible, spec.sinks)
+        visible = token_kinds(visible_or_all(visible, query), spec.sinks)
         log_weight = log_weight.masked_fill((visible == SINK)[:, None], -torch.inf)
     if window:
         gate = GATE_UNIT * feature_map.window_gate.float()[:, None]

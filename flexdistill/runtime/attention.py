@@ -14,7 +14,7 @@ from .backend import operators_for
 from .configuration_flexformer import KernelSpec
 from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap, Features
 from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
-from .near import Sinks, far_side, first_visible, near_side, near_sums, repeat, softmax_scores
+from .near import Sinks, far_side, first_visible, near_side, near_sums, repeat, softmax_scores, visible_or_all
 from .rotary import Rotation, both_sides, kernel_side
 
 _guard_counters: list["GuardCounter"] = []
@@ -66,12 +66,10 @@ class Memory:
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The window's keys, values and visibility, followed by those of a call."""
-        if visible is None:
-            visible = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         return (
             torch.cat([self.key, key], dim=2),
             torch.cat([self.value, value], dim=2),
-            torch.cat([self.visible, visible], dim=1),
+            torch.cat([self.visible, visible_or_all(visible, key)], dim=1),
         )
 
 
@@ -261,8 +259,7 @@ def _attention_weights(feature_map, query, key, *, scaling, visible, rotation):
     allowed = allowed[None, None]
     banded = ((distance >= 0) & (distance < spec.window))[None, None]
     if spec.sinks:
-        seen = torch.ones(1, length, dtype=torch.bool, device=query.device) if visible is None else visible
-        sink = first_visible(seen, spec.sinks)[:, None, None]
+        sink = first_visible(visible_or_all(visible, query), spec.sinks)[:, None, None]
         allowed, banded = allowed & ~sink, banded | (sink & (distance >= 0))
     if visible is not None:
         allowed, banded = allowed & visible[:, None, None], banded & visible[:, None, None]

@@ -37,7 +37,7 @@ from .launch import (
     window_launch,
 )
 from .linear_attention import State
-from .near import far_side, kinds_and_spans, near_side, sink_spans
+from .near import far_side, kinds_and_spans, near_side, sink_spans, visible_or_all
 from .triton_decode import decode_kernel
 from .triton_forward import outputs_kernel
 from .triton_window import window_forward_kernel
@@ -267,9 +267,7 @@ class FusedAttention:
         """Output and which rows were guarded; with `boundaries`, of sequences laid end to end."""
         packed, spans, spec = (None, None), None, feature_map.spec
         if spec.sinks:
-            if visible is None:
-                visible = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-            visible, spans = kinds_and_spans(visible, spec.sinks, boundaries)
+            visible, spans = kinds_and_spans(visible_or_all(visible, query), spec.sinks, boundaries)
         if boundaries is not None:
             longest = segment_length(query.shape[1], query.shape[2], processors_of(query.device))
             packed = packed_segments(boundaries, longest, query.device)

@@ -69,6 +69,13 @@ class Sinks:
         return sinks, torch.where(arrives, arrival, never), chosen
 
 
+def visible_or_all(visible: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: which tokens of x (B, H, T, d) are visible, all where nothing says so."""
+    if visible is None:
+        return torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device)
+    return visible
+
+
 def near_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
     """Queries or keys as the window sees them, of (B, H, T, d), or of (B, H, T, 2 d) where the kernel sees others."""
     return sides[..., : spec.head_dim]
@@ -81,10 +88,8 @@ def far_side(sides: torch.Tensor, spec: KernelSpec) -> torch.Tensor:
 
 def token_kinds(visible: torch.Tensor, count: int, taken: torch.Tensor | None = None) -> torch.Tensor:
     """What each of the tokens (B, T) is, uint8, where `taken` (B,) of `count` places for sinks were in use before."""
-    rank = visible.cumsum(1)
-    if taken is not None:
-        rank = rank + taken[:, None]
-    return visible.to(torch.uint8) + (visible & (rank <= count)).to(torch.uint8)
+    left = count if taken is None else count - taken[:, None]
+    return visible.to(torch.uint8) + first_visible(visible, left).to(torch.uint8)
 
 
 def sink_spans(kinds: torch.Tensor) -> torch.Tensor:
@@ -108,8 +113,8 @@ def kinds_and_spans(
     return torch.cat(kinds, dim=1), torch.cat(spans)
 
 
-def first_visible(visible: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` of the visible tokens (B, T): (B, T) bool."""
+def first_visible(visible: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """The first `count`, or (B, 1) counts, of the visible tokens (B, T): (B, T) bool."""
     return visible & (visible.cumsum(1) <= count)
 
 
