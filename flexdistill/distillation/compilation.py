@@ -10,14 +10,23 @@ from transformers import PreTrainedModel
 
 from .memory import layers_wrapped
 
+# layers with and without a kernel, as teacher and as student, of every stage: more forms than Dynamo's 8, beyond which
+# it would run the rest uncompiled
+_FORMS = 64
 
-def layers_compiled(model: PreTrainedModel, enabled: bool) -> contextlib.AbstractContextManager:
-    """Context inside of which every layer's forward and backward pass is compiled, where `enabled`.
+
+@contextlib.contextmanager
+def layers_compiled(model: PreTrainedModel, enabled: bool):
+    """Inside the context every layer's forward and backward pass is compiled, where `enabled`.
 
     Raises:
         FlexdistillError: if transformers does not say what the model's layers are.
     """
-    return layers_wrapped(model, torch.compile) if enabled else contextlib.nullcontext()
+    if not enabled:
+        yield
+        return
+    with layers_wrapped(model, torch.compile), torch._dynamo.config.patch(recompile_limit=_FORMS):
+        yield
 
 
 def maybe_compiled(function: Callable, enabled: bool) -> Callable:

@@ -26,7 +26,7 @@ def can_run(feature_map: FeatureMap, query: torch.Tensor, key: torch.Tensor, val
         fused_operators(query.device) is not None
         and not (feature_map.signed and feature_map.spec.decay)
         and max(x.dtype.itemsize for x in (query, key, value)) <= 4
-        and tiles(feature_map.num_features, _feature_dtype(feature_map, query, value), query, key, value) is not None
+        and tiles(feature_map.num_features, _feature_dtype(feature_map, value), query, value) is not None
     )
 
 
@@ -42,8 +42,9 @@ def tiled_rows(
 ) -> AttentionRows:
     """What attention transfer compares, in memory linear in T.
 
-    Where all is float32, products are in three-pass tf32. Else logits and outputs are in the inputs' own dtype (bf16
-    for fp16 values), and features in bf16, or in tf32 where they are signed and cancel.
+    Where values are float32, products are in three-pass tf32. Else logits are in the values' dtype, as in torch's own
+    attention under autocast, outputs too (bf16 for fp16), and features in bf16, or in tf32 where they are signed and
+    cancel.
 
     With p = softmax(scaling q k^T) and a = `attention_weights(feature_map, ...)`, row i has the cross-entropy
     -sum_j p_ij log max(a_ij, 1e-8), the entropy -sum_j p_ij log p_ij, the negative mass sum_j max(-a_ij, 0) and the
@@ -74,8 +75,8 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
     far_query, far_key = (kernel_side(x, rotation, spec) for x in (query, key))
     if not query.is_cuda:  # Triton's interpreter cannot multiply bf16
         query, key, value = query.float(), key.float(), value.float()
-    dtype = _feature_dtype(feature_map, query, value)
-    make = fused_features if are_fused(feature_map, far_query, far_key) else _torch_features
+    dtype = _feature_dtype(feature_map, value)
+    make = fused_features if are_fused(feature_map, dtype) else _torch_features
     features = make(feature_map, far_query, far_key, scaling, window, dtype, visible)
     log_weight, mix = features.key_log_weight, features.query_log_scale
     if spec.sinks:
@@ -85,7 +86,6 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
         gate = GATE_UNIT * feature_map.window_gate.float()[:, None]
         mix = gate + mix if feature_map.calibrated else gate.expand(mix.shape)
     k_norm = features.key.detach().norm(dim=-1) if feature_map.signed else log_weight.detach()
-    logits_dtype = torch.promote_types(query.dtype, key.dtype)
     rows, teacher, student, statistics = transfer_op(
         features.query.contiguous(),
         features.key.contiguous(),
@@ -94,8 +94,8 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
         mix.contiguous(),
         _row_maxima(log_weight.detach(), spec.causal, window),
         k_norm.contiguous(),
-        query.to(logits_dtype).contiguous(),
-        key.to(logits_dtype).contiguous(),
+        query.to(value.dtype).contiguous(),
+        key.to(value.dtype).contiguous(),
         value.contiguous(),
         None if visible is None else visible.to(torch.uint8).contiguous(),
         scaling,
@@ -109,9 +109,9 @@ def _tiled_rows(feature_map, query, key, *, value, scaling, visible, rotation) -
     return AttentionRows(*rows[:3].unbind(), teacher, student)
 
 
-def _feature_dtype(feature_map: FeatureMap, query: torch.Tensor, value: torch.Tensor) -> torch.dtype:
+def _feature_dtype(feature_map: FeatureMap, value: torch.Tensor) -> torch.dtype:
     # products of signed features cancel, so that they need more digits
-    return torch.float32 if feature_map.signed or is_exact(query, value) else torch.bfloat16
+    return torch.float32 if feature_map.signed or is_exact(value) else torch.bfloat16
 
 
 def transfer_loss(

@@ -9,18 +9,16 @@ from . import transfer_operators
 
 # tokens of a program, which loads its head's frequencies once
 _SPAN = 256
-# with fewer, 128 frequencies would not fit a program's registers
-_WARPS = 8
 
 
-def are_fused(feature_map: FeatureMap, query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `fused_features` can make a map's features, where the fused kernels run at all."""
+def are_fused(feature_map: FeatureMap, dtype: torch.dtype) -> bool:
+    """Whether `fused_features` can make a map's features in `dtype`, where the fused kernels run at all."""
     from ..runtime.fused import LARGEST_SIZE
 
     if not feature_map.has_spectrum or feature_map.signed:
         return False
     size = max(feature_map.spec.head_dim, feature_map.spec.num_frequencies)
-    return all(size <= LARGEST_SIZE[x.dtype] for x in (query, key))
+    return size <= LARGEST_SIZE[dtype]
 
 
 def fused_features(
@@ -33,6 +31,8 @@ def fused_features(
     visible: torch.Tensor | None,
 ) -> Features:
     """What `transfer_op` takes of queries and keys as the kernel sees them: features in `dtype`, logarithms in float32.
+
+    Phases are products of numbers in `dtype` with float32 sums, as the fused attention of bf16 inputs computes them.
 
     Features that decay are relative to blocks, and the decay's gradient is all `transfer_op`'s. Other arguments are as
     in `tiled_rows`, and get no gradient.
@@ -86,9 +86,10 @@ def features_op(
     features_kernel[(-(-length // _SPAN), batch * heads)](
         x, *key_map_tensors(decay, w1, w2, log_amplitude, norm_factor), *outputs, *token_strides(x), heads, x.shape[1],
         heads if decay is None else decay.shape[0], length, delay, _SPAN, size, frequencies, scale,
-        BLOCK_D=power(size), BLOCK_N=power(frequencies), CHUNK=blocks_of(x.dtype).chunk, NONSTATIONARY=w2 is not None,
-        DECAY=decay is not None, DECAY_BLOCK=block, KEYS=keys, STAGES=2, num_warps=_WARPS, num_stages=2,
-        **dtypes(x),
+        BLOCK_D=power(size), BLOCK_N=power(frequencies), CHUNK=blocks_of(dtype).chunk, NONSTATIONARY=w2 is not None,
+        DECAY=decay is not None, DECAY_BLOCK=block, KEYS=keys, STAGES=2,
+        num_warps=_warps(max(size, frequencies), dtype), num_stages=2,
+        **dtypes(dtype),
     )  # fmt: skip
     return outputs
 
@@ -115,7 +116,7 @@ def features_backward_op(
 
     _, d_map = map_gradients(
         row_major(x), map_tensors(w1, w2, log_amplitude, norm_factor), d_features.contiguous()[None], scale,
-        kernel_settings(w2, log_amplitude, None, None, None, x), features=features,
+        kernel_settings(w2, log_amplitude, None, None, None, features), features=features,
     )  # fmt: skip
     return d_map
 
@@ -142,6 +143,11 @@ def _backward(ctx, d_features, _):
 
 
 features_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _warps(size: int, dtype: torch.dtype) -> int:
+    # four are a fifth faster where a program's registers suffice
+    return 4 if size <= 64 and dtype != torch.float32 else 8
 
 
 def _outputs(x, w1, dtype):

@@ -46,7 +46,7 @@ def transfer_op(
         log_weight: (B, S, T) float32, -inf at padding; k_norm: (B, S, T), the norms of signed k_features.
         mix: (B, H, T) float32, logarithm of the kernel's weight against the window's; read where there is a window.
         row_maximum: (B, S, T) float32, the largest log-weight that a row sees outside its window.
-        query, key, value, scaling: as in `tiled_rows`, queries and keys of one dtype.
+        query, key, value, scaling: as in `tiled_rows`, all of one dtype.
         visible: (B, T) uint8: what each token is (`near.token_kinds`); sinks' log_weight is -inf, too.
 
     Returns:
@@ -55,7 +55,7 @@ def transfer_op(
         weights' factor, their share of the row's mass, the bound of guarded rows, log2 of the near weights' divisor.
     """
     rows, teacher, student, statistics = _outputs(q_features, value)
-    kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
+    kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, value)
     settings = _settings(q_features, query, value, visible, decay, causal, signed, kept)
     settings |= dict(QUERIES=kept, KEYS=walked, WINDOWED=window > 0)
     sizes = (*_sizes(q_features, k_features, key, value, window), scaling * _LOG2E)
@@ -102,7 +102,7 @@ def transfer_backward_op(
     gradients of log features, moments (B, H, tiles, F) and (B, S, tiles, F) are each tile's sum; none without a decay.
     """
     kernels = _kernels()
-    kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
+    kept, walked = tiles(q_features.shape[-1], q_features.dtype, query, value)
     outputs = _gradients(q_features, k_features, decay, log_weight, statistics, window, kept)
     d_q_features, d_k_features, d_log_weight, d_far, q_moments, k_moments = outputs
     tensors = (
@@ -126,7 +126,7 @@ def transfer_backward_op(
 @transfer_backward_op.register_fake
 def _(gradients, d_student, statistics, q_features, k_features, decay, log_weight, row_maximum, query, key, value,
       visible, scaling, window, *settings):  # fmt: skip
-    kept, _ = tiles(q_features.shape[-1], q_features.dtype, query, key, value)
+    kept, _ = tiles(q_features.shape[-1], q_features.dtype, query, value)
     return _gradients(q_features, k_features, decay, log_weight, statistics, window, kept)
 
 
@@ -229,7 +229,7 @@ def _settings(q_features, query, value, visible, decay, causal, signed, kept) ->
         DECAY_BLOCK=DECAY_BLOCK,
         BLOCK_D=_power(query.shape[-1]),
         BLOCK_F=features,
-        PRECISION="tf32x3" if is_exact(query, value) else "tf32",
+        PRECISION="tf32x3" if is_exact(value) else "tf32",
         # two programs of four warps share a processor where they fit, and one's products hide the other's exponentials
         num_warps=4 if kept * features <= 64 * 128 else 8,
         num_stages=2,
@@ -251,19 +251,16 @@ def _for_three_programs(settings: dict, q_features: torch.Tensor) -> dict:
     return settings | dict(maxnreg=168, num_stages=1)
 
 
-def is_exact(query: torch.Tensor, value: torch.Tensor) -> bool:
-    return query.dtype == value.dtype == torch.float32
+def is_exact(value: torch.Tensor) -> bool:
+    return value.dtype == torch.float32
 
 
-def tiles(
-    num_features: int, dtype: torch.dtype, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[int, int] | None:
+def tiles(num_features: int, dtype: torch.dtype, query: torch.Tensor, value: torch.Tensor) -> tuple[int, int] | None:
     """The largest of `TILES` of which two stages fit on chip, with features of `dtype`; None if none does."""
     token = dtype.itemsize * _power(num_features)
-    dtype = torch.promote_types(query.dtype, key.dtype)
-    token += dtype.itemsize * _power(query.shape[-1])
+    token += value.dtype.itemsize * _power(query.shape[-1])
     token += _value_dtype(value).itemsize * _power(value.shape[-1])
-    if is_exact(query, value):  # three-pass products keep a second part of every number
+    if is_exact(value):  # three-pass products keep a second part of every number
         token *= 1.6
     memory = _INTERPRETED_BYTES
     if query.device.type == "cuda":

@@ -16,8 +16,8 @@ from .feature_maps import GATE_UNIT, FeatureMap, constant_zeros
 from .fused_backward import NAMESPACE, attention_backward_op, split_map
 from .fused_rotary import turn_op
 from .launch import (
-    SEQUENCES,
     Shape,
+    decoded_together,
     floats,
     guard_of,
     kernel_settings,
@@ -208,7 +208,7 @@ def decode_op(
     del settings["PACKED"]
     output = query.new_empty(batch, heads, 1, value_size)
     guarded = torch.empty(batch, heads, 1, dtype=torch.int8, device=query.device)
-    sequences = min(SEQUENCES, batch)
+    sequences = decoded_together(state_heads, batch, processors_of(query.device))
     visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
     decode_kernel[(state_heads, triton.cdiv(batch, sequences))](
         query, key, value, visible, *map_tensors(q_w1, q_w2, q_amplitude, q_norm_factor)[:3],

@@ -41,7 +41,8 @@ def map_gradients(x, x_map, d_features, scale, settings, dtype: torch.dtype | No
         x: (B, K, T, d), any strides but for contiguous rows; `scale` multiplies it.
         x_map: W1 (M, d, n), W2, amplitudes and norm factor of M heads, K and M divide H; float32.
         d_features: (slices, B, H, T, 2 n), to be summed over slices: gradients of the hyperbolic features' logarithms.
-        features: (B, H, T, 2 n); where they are given, `d_features` are gradients of them instead.
+        features: (B, H, T, 2 n); where they are given, `d_features` are gradients of them instead, and their dtype, not
+            that of x, is what products are computed in.
         dtype: of the tokens' gradient; None for none of it.
     """
     w1 = x_map[0]
@@ -51,7 +52,7 @@ def map_gradients(x, x_map, d_features, scale, settings, dtype: torch.dtype | No
     spans = -(-length // span)
     d_x = None if dtype is None else torch.empty(batch, heads, length, size, dtype=dtype, device=x.device)
     d_map = floats(x, batch, heads, spans, flat_size(size, frequencies, settings["DECAY"]))
-    blocks = blocks_of(x.dtype)
+    blocks = blocks_of((x if features is None else features).dtype)
     map_gradient_kernel[(spans, batch * heads)](
         x, *x_map, features, d_features, d_x, d_map, *token_strides(x), heads, w1.shape[0], x.shape[1], length,
         d_features.stride(0), slices, span, size, frequencies, scale,

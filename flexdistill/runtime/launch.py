@@ -15,8 +15,6 @@ from .feature_maps import POSITIVE_GUARD, SIGNED_GUARD
 from .near import SEEN
 from .triton_states import scan_kernel, states_kernel
 
-# sequences that share a program when decoding: fewer load the frequencies more often, more leave processors idle
-SEQUENCES = 8
 # positions per program at least: shorter segments cost more states than they gain parallel work
 SHORTEST_SEGMENT = 256
 
@@ -104,6 +102,14 @@ def segment_length(pairs: int, length: int, processors: int) -> int:
     return -(-length // (count * 64)) * 64
 
 
+def decoded_together(state_heads: int, batch: int, processors: int) -> int:
+    """Sequences that share a program when decoding: fewer load the frequencies more often, more leave processors idle.
+
+    As many as leave two programs per processor, and at most the 16 rows that matrix units take anyway.
+    """
+    return min(16, triton.next_power_of_2(triton.cdiv(state_heads * batch, 2 * processors)))
+
+
 def packed_segments(boundaries: list[int], longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences laid end to end, cut into segments of at most `longest` positions.
 
@@ -136,9 +142,9 @@ def power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def dtypes(query: torch.Tensor) -> dict:
+def dtypes(dtype: torch.dtype) -> dict:
     # Triton's interpreter multiplies bf16 bits as if they were integers
-    if query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1":
+    if dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1":
         return dict(DTYPE=tl.float32, PRECISION="tf32x3")
     return dict(DTYPE=tl.bfloat16, PRECISION="tf32")
 
@@ -173,7 +179,7 @@ def kernel_settings(q_w2, q_amplitude, decay, visible, segments, query) -> dict:
         DECAY=decay is not None,
         MASKED=visible is not None,
         PACKED=segments is not None,
-        **dtypes(query),
+        **dtypes(query.dtype),
     )
 
 

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator
+from flexdistill.distillation.compilation import layers_compiled
 from flexdistill.distillation.stage import backward_counting_guards
 from flexdistill.pipeline import STAGE_CLASSES
 from flexdistill.recipe import STAGES, Recipe
@@ -78,6 +79,20 @@ def test_layers_and_steps_share_one_compilation(name, backend):
     compiled = backend.frame_count
     run(name, True, layers=4, repeats=3, **settings)
     assert compiled == backend.frame_count > 0
+
+
+def test_many_forms_of_a_layer_are_compiled(backend):
+    """Layers with and without kernels, of teacher and student, stage after stage, are more than Dynamo's own limit."""
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    )
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda module, _: module.form and None)  # Dynamo guards what is read
+    with layers_compiled(model, True):
+        for form in range(12):
+            attention.form = str(form)
+            model(torch.zeros(1, 3, dtype=torch.long))
+    assert backend.frame_count >= 12
 
 
 @pytest.mark.parametrize(("name", "settings"), [pytest.param(*case, marks=on_gpu) for case in CASES])

@@ -287,8 +287,8 @@ def test_form_is_chosen_by_backend(monkeypatch):
 
 def test_tiles_shrink_until_they_fit():
     query = torch.empty(1, 1, 1, HEAD_DIM)
-    assert transfer_operators.tiles(16, query.dtype, query, query, query) == transfer_operators.TILES[0]
-    assert transfer_operators.tiles(10**5, query.dtype, query, query, query) is None
+    assert transfer_operators.tiles(16, query.dtype, query, query) == transfer_operators.TILES[0]
+    assert transfer_operators.tiles(10**5, query.dtype, query, query) is None
 
 
 def test_inputs_have_no_gradient():

@@ -202,6 +202,38 @@ def test_state_carries_prefill_and_decoding(variant, component, window):
     assert relative_error(torch.cat(outputs, dim=2), expected) <= 2e-5
 
 
+@pytest.mark.parametrize("together", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("variant", "component"), [("nonstationary+decay", "hyperbolic"), ("stationary", "trigonometric")]
+)
+def test_sequences_decoded_together(variant, component, together, monkeypatch):
+    from flexdistill.runtime import fused
+
+    monkeypatch.setattr(fused, "decoded_together", lambda *_: together)
+    feature_map = kernel(variant, component, key_heads="kv")
+    query, key, value = (x.detach() for x in query_key_value(12, batch=5))
+    outputs = []
+    for name in ("triton", "torch"):
+        monkeypatch.setenv(VARIABLE, name)
+        memory, token = None, slice(11, 12)
+        with torch.no_grad():
+            _, memory = attend(feature_map, *(x[:, :, :11] for x in (query, key, value)), scaling=SCALING)
+            output, _ = attend(
+                feature_map, *(x[:, :, token] for x in (query, key, value)), scaling=SCALING, memory=memory
+            )
+        outputs.append(output)
+    assert relative_error(*outputs) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("state_heads", "batch", "expected"), [(32, 1, 1), (32, 8, 1), (32, 16, 2), (32, 64, 8), (9, 64, 4), (32, 512, 16)]
+)
+def test_two_programs_per_processor_decode(state_heads, batch, expected):
+    from flexdistill.runtime.launch import decoded_together
+
+    assert decoded_together(state_heads, batch, processors=132) == expected
+
+
 def test_memory_with_gradients_is_torchs():
     feature_map = kernel("nonstationary", "hyperbolic")
     query, key, value = query_key_value(20)
