@@ -20,7 +20,7 @@ RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
 # lower modules must not import higher ones
 LAYERS = [
     {"errors"},
-    {"recipe", "recipe_sections", "runtime", "progress", "losses", "storage"},
+    {"recipe", "recipe_sections", "recipe_stages", "runtime", "progress", "losses", "storage"},
     {"attention_modes", "data", "devices", "example_inputs", "loading", "packing", "repeats", "sources", "tables"},
     {"attention_search", "conversion", "distillation", "mixture", "rotary_search"}
     | {"self_test", "token_cache", "tracking"},

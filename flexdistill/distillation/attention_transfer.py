@@ -19,7 +19,7 @@ from ..losses import (
     over_queries,
     relative_output_error,
 )
-from ..recipe import AttentionTransferRecipe
+from ..recipe_stages import AttentionTransferRecipe
 from .compilation import layers_compiled, maybe_compiled
 from .optimizers import make_optimizer
 from .stage import StepLosses, feature_maps, kernel_parameters, trainable

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..recipe import StageRecipe
+from ..recipe_stages import StageRecipe
 from .sharding import own_shard
 
 AVERAGE, BEST = "average", "best"

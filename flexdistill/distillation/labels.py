@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..losses import label_loss
-from ..recipe import LabelTrainingRecipe
+from ..recipe_stages import LabelTrainingRecipe
 from .compilation import layers_compiled
 from .heads import SplitModel, backward_in_pieces
 from .logits import next_tokens, positions_per_piece

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..attention_modes import softmax_mode
 from ..errors import FlexdistillError
 from ..losses import hidden_state_error, kl_divergence, label_loss
-from ..recipe import LogitDistillationRecipe, LoraRecipe
+from ..recipe_stages import LogitDistillationRecipe, LoraRecipe
 from .compilation import layers_compiled, maybe_compiled
 from .heads import SplitModel, backward_in_pieces
 from .memory import gradient_checkpointing, round_linear_weights

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ..devices import peak_memory_bytes, to_device
 from ..errors import FlexdistillError, NonFiniteLossError
-from ..recipe import StageRecipe
+from ..recipe_stages import StageRecipe
 from ..storage import write_whole
 from .averaging import copies_kept, update_average
 from .checkpoints import Checkpoints

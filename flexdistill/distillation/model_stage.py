@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..conversion import ModulePlan
 from ..errors import FlexdistillError
-from ..recipe import ModelStageRecipe
+from ..recipe_stages import ModelStageRecipe
 from ..runtime.configuration_flexformer import KernelSpec
 from .optimizers import make_optimizer, model_groups
 from .stage import first_non_finite_module

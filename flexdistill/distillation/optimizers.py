@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from ..recipe import ModelStageRecipe, StageRecipe
+from ..recipe_stages import ModelStageRecipe, StageRecipe
 from .stage import kernel_parameters
 
 

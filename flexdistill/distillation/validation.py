@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..devices import to_device
-from ..recipe import StageRecipe
+from ..recipe_stages import StageRecipe
 from .averaging import averaged, keep_best
 from .micro_batches import MicroBatches
 from .reduction import LossReduction
