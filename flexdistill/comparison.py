@@ -194,7 +194,12 @@ def make_entries(recipe: Recipe, variants: Sequence[Variant], windows: Sequence[
     for variant in variants:
         given = parse_variant(variant) if isinstance(variant, str) else dict(variant)
         for window in [given["window"]] if "window" in given else windows:
-            entry = _entry(recipe, given | {"window": window})
+            try:
+                entry = _entry(recipe, given | {"window": window})
+            except FlexdistillError as error:
+                named = ("variant", "window")
+                name = ":".join([str(given["variant"]), *(f"{k}={v}" for k, v in given.items() if k not in named)])
+                raise FlexdistillError(f"{name}, {_sight(window)}: {error}") from error
             if entry.name in entries:
                 raise FlexdistillError(f"{entry.name} is compared with itself; name each variant and window once.")
             entries[entry.name] = entry
@@ -238,8 +243,11 @@ def _name(kernel: KernelRecipe, given: dict[str, Any]) -> str:
     named = ("variant", "component", "window")
     parts = [" ".join(part for part in (kernel.variant, kernel.component) if part)]
     parts += [f"{key} {value}" for key, value in given.items() if key not in named]
-    parts.append(f"window {kernel.window}" if kernel.window else "no window")
-    return ", ".join(parts)
+    return ", ".join([*parts, _sight(kernel.window)])
+
+
+def _sight(window: int) -> str:
+    return f"window {window}" if window else "no window"
 
 
 def _folder(name: str) -> str:

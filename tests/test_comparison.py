@@ -214,6 +214,7 @@ BAD_INPUT = {
     "hedgehog,hedgehog": "hedgehog, no window is compared with itself",
     "hedgehog:window=32": "window of 32 tokens and 4 sinks cover sequences of 32",
     "hedgehog:windw=3": "did you mean 'window'?",
+    "hedgehog:sinks=2": "hedgehog:sinks=2, no window: ",
     "hedgehog:tied=[": "the value of tied is not valid YAML",
     "hedgehog:tied": "write NAME or NAME:SETTING=VALUE",
     "hedgehog:data.source=other": "data.source is the same for all",
