@@ -7,7 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_flexformer import KernelSpec
-from .feature_maps import WHOLE_SEQUENCE, FeatureMap, Features, init_identity, per_head, project
+from .feature_maps import NORM_UNIT, WHOLE_SEQUENCE, FeatureMap, Features, init_identity, per_head, project
 
 
 class PlainFeatureMap(FeatureMap):
@@ -178,8 +178,6 @@ class LunaFeatureMap(PlainFeatureMap):
     paper = "LUNA, arXiv:2512.08061"
     tied_by_default = True
     _CHANNELS, _HIDDEN = 2, 16
-    # |k|^2 is of the order of 100, so the learned coefficient moves in tenths
-    _NORM_UNIT = 0.1
 
     def __init__(self, spec: KernelSpec):
         super().__init__(spec)
@@ -218,4 +216,4 @@ class LunaFeatureMap(PlainFeatureMap):
 
     def key_features(self, key):
         features, log_weight = super().key_features(key)
-        return features, log_weight + self._NORM_UNIT * per_head(self.norm_factor, key)[:, None] * key.square().sum(-1)
+        return features, log_weight + NORM_UNIT * per_head(self.norm_factor, key)[:, None] * key.square().sum(-1)

@@ -23,6 +23,8 @@ SIGNED_GUARD = 0.01
 POSITIVE_GUARD = 1e-30
 # kernel and window may differ by e^4 in mass at first, so the gate between them moves in larger steps than frequencies
 GATE_UNIT = 10.0
+# |k|^2 is of the order of 100, so the coefficient of positive features' norm factor moves in tenths
+NORM_UNIT = 0.1
 # rates of forgetting span four orders of magnitude, so their logarithms move in larger steps than frequencies
 DECAY_UNIT = 5.0
 # at first: tokens after which a feature has forgotten all but 1/e, spread evenly on a logarithmic scale
@@ -152,6 +154,14 @@ class FeatureMap(nn.Module):
 
     def spectrum(self) -> Spectrum:
         """What the fused kernels need to compute these features."""
+        raise NotImplementedError
+
+    def raw_spectrum(self) -> tuple[torch.Tensor | None, ...]:
+        """What the fused decoding step makes a spectrum from by itself: parameters as they are, of any floating dtype.
+
+        W1, W2, log-amplitudes and units of the query map, with a row for each group of query heads, and of the key map;
+        the parameter of the norm factor, and that of the decay.
+        """
         raise NotImplementedError
 
     def query_features(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_flexformer import KernelSpec
-from .feature_maps import FeatureMap, Spectrum, constant_zeros, from_log, log_cosh, per_head, project
+from .feature_maps import NORM_UNIT, FeatureMap, Spectrum, constant_zeros, from_log, log_cosh, per_head, project
 
 
 class FlexformerFeatureMap(FeatureMap):
@@ -49,6 +49,13 @@ class FlexformerFeatureMap(FeatureMap):
             self.decay_rates(),
         )
 
+    def _raw_spectrum(
+        self, norm: torch.Tensor, query_unit: torch.Tensor | None = None, key_unit: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        names = ("w1", "w2", "log_amplitude")
+        query, key = ([parameters.get(name) for name in names] for parameters in self._maps())
+        return *query, query_unit, *key, key_unit, norm, self.decay
+
     def _frequency_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = (self.spec.head_dim, self.spec.num_frequencies)
         return {"w1": shape, "w2": shape} if self.nonstationary else {"w1": shape}
@@ -66,8 +73,6 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     measures = True
     # mean length of queries or keys from which on they are made shorter
     _LARGEST_LENGTH = 20.0
-    # |k|^2 is of the order of 100, so the learned coefficient moves in tenths
-    _NORM_UNIT = 0.1
 
     def __init__(self, spec: KernelSpec):
         super().__init__(spec)
@@ -116,9 +121,12 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
         return log_features - 0.5 * math.log(self.num_features)
 
     def spectrum(self) -> Spectrum:
-        norm_factor = self._NORM_UNIT * self.norm_factor.float() * self.key_unit.square()
+        norm_factor = NORM_UNIT * self.norm_factor.float() * self.key_unit.float().square()
         zeros = constant_zeros(self.spec.num_heads, norm_factor.device)
         return self._spectrum(zeros, norm_factor, self.query_unit, self.key_unit)
+
+    def raw_spectrum(self):
+        return self._raw_spectrum(self.norm_factor, self.query_unit, self.key_unit)
 
     def query_features(self, query):
         return from_log(self._log_features(query * self.query_unit[:, None, None], self._maps()[0]))
@@ -126,7 +134,7 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
     def key_features(self, key):
         key = key * self.key_unit[:, None, None]
         features, log_weight = from_log(self._log_features(key, self._maps()[1]))
-        return features, log_weight + self._NORM_UNIT * per_head(self.norm_factor, key)[:, None] * key.square().sum(-1)
+        return features, log_weight + NORM_UNIT * per_head(self.norm_factor, key)[:, None] * key.square().sum(-1)
 
 
 class TrigonometricFeatureMap(FlexformerFeatureMap):
@@ -168,6 +176,9 @@ class TrigonometricFeatureMap(FlexformerFeatureMap):
     def spectrum(self) -> Spectrum:
         factor = (-self.tau.float()).exp()
         return self._spectrum(factor, factor)
+
+    def raw_spectrum(self):
+        return self._raw_spectrum(self.tau)
 
     def query_features(self, query):
         return self._features(query, self._maps()[0]), self._log_norm_factor(query)

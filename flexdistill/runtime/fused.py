@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("The fused kernels need triton; install it or set FLEXDISTILL_BACKEND=torch.") from error
 
-from .feature_maps import GATE_UNIT, FeatureMap, constant_zeros
+from .feature_maps import DECAY_UNIT, GATE_UNIT, NORM_UNIT, FeatureMap, constant_zeros
 from .fused_backward import NAMESPACE, attention_backward_op, split_map
 from .fused_rotary import turn_op
 from .launch import (
@@ -186,11 +186,12 @@ def decode_op(
     q_w1: torch.Tensor,
     q_w2: torch.Tensor | None,
     q_amplitude: torch.Tensor | None,
-    q_norm_factor: torch.Tensor,
+    q_unit: torch.Tensor | None,
     k_w1: torch.Tensor,
     k_w2: torch.Tensor | None,
     k_amplitude: torch.Tensor | None,
-    k_norm_factor: torch.Tensor,
+    k_unit: torch.Tensor | None,
+    norm: torch.Tensor,
     decay: torch.Tensor | None,
     values: torch.Tensor,
     norms: torch.Tensor,
@@ -199,6 +200,7 @@ def decode_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds one token's key (B, K, 1, d) and value (B, K, 1, D) to the state, in place, and attends to it.
 
+    The maps are as `FeatureMap.raw_spectrum` gives them.
     Returns the output (B, H, 1, D) for the query (B, H, 1, d), and which rows were guarded (B, H, 1).
     """
     query, key, value = row_major(query), row_major(key), row_major(value)
@@ -210,20 +212,20 @@ def decode_op(
     guarded = torch.empty(batch, heads, 1, dtype=torch.int8, device=query.device)
     sequences = decoded_together(state_heads, batch, processors_of(query.device))
     visible = q_w1 if visible is None else visible.to(torch.uint8).contiguous()
+    maps = (q_w1, q_w2, q_amplitude, q_unit, k_w1, k_w2, k_amplitude, k_unit, norm, decay)
+    maps = (q_w1 if x is None else x.contiguous() for x in maps)
     decode_kernel[(state_heads, triton.cdiv(batch, sequences))](
-        query, key, value, visible, *map_tensors(q_w1, q_w2, q_amplitude, q_norm_factor)[:3],
-        *key_map_tensors(decay, k_w1, k_w2, k_amplitude, k_norm_factor), values, norms, maximum, output, guarded,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], batch, heads, state_heads, key.shape[1], size,
-        value_size, frequencies, scale, guard_of(q_amplitude), BLOCK_D=power(size), BLOCK_V=power(value_size),
-        BLOCK_N=power(frequencies), ROWS=16, SEQUENCES=sequences, GROUP=heads // state_heads,
-        num_warps=4, num_stages=1, **settings,
+        query, key, value, visible, *maps, values, norms, maximum, output, guarded, *query.stride()[:2],
+        *key.stride()[:2], *value.stride()[:2], batch, heads, state_heads, key.shape[1], q_w1.shape[0], NORM_UNIT,
+        DECAY_UNIT, size, value_size, frequencies, scale, guard_of(q_amplitude), BLOCK_D=power(size),
+        BLOCK_V=power(value_size), BLOCK_N=power(frequencies), ROWS=16, SEQUENCES=sequences,
+        GROUP=heads // state_heads, num_warps=4, num_stages=1, **settings,
     )  # fmt: skip
     return output, guarded
 
 
 @decode_op.register_fake
-def _(query, key, value, visible, q_w1, q_w2, q_amplitude, q_norm_factor, k_w1, k_w2, k_amplitude, k_norm_factor,
-      decay, values, norms, maximum, scale):  # fmt: skip
+def _(query, key, value, *rest):
     batch, heads, _, _ = query.shape
     guarded = torch.empty(batch, heads, 1, dtype=torch.int8, device=query.device)
     return query.new_empty(batch, heads, 1, value.shape[-1]), guarded
@@ -291,11 +293,9 @@ class FusedAttention:
     @staticmethod
     def decode(feature_map, query, key, value, scaling, visible, state: State):
         """Output and which rows were guarded; the state is updated in place."""
-        spectrum = feature_map.spectrum()
-        return decode_op(
-            query, key, value, visible, *spectrum.query, *spectrum.key, spectrum.decay, state.values, state.norms,
-            state.maximum, scaling * query.shape[-1] ** 0.5,
-        )  # fmt: skip
+        scale = scaling * query.shape[-1] ** 0.5
+        maps = feature_map.raw_spectrum()
+        return decode_op(query, key, value, visible, *maps, state.values, state.norms, state.maximum, scale)
 
 
 def _call(feature_map, query, key, value, scaling, visible, spans, state, past, final, packed=(None, None)):

@@ -16,7 +16,6 @@ from .triton_features import (
     feature_norm,
     features,
     finite,
-    forgotten,
     largest_log_feature,
     load_frequencies,
     phases,
@@ -31,11 +30,19 @@ def pick(x, chosen):
 
 
 @triton.jit
+def kept_of_feature(DECAY, head, half, N, UNIT, BLOCK_N: tl.constexpr):
+    """What one half of the features keeps over a token, from the decay's parameter: (N,)."""
+    n = tl.arange(0, BLOCK_N)
+    x = tl.load(DECAY + (head * 2 + half) * N + n, n < N, 0.0).to(tl.float32)
+    return tl.exp2(-tl.sigmoid(UNIT * x) * LOG2E)
+
+
+@triton.jit
 def decode_kernel(
-    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, K_W1, K_W2, K_AMPLITUDE, K_NORM_FACTOR, RATE,
+    Q, K, V, VISIBLE, Q_W1, Q_W2, Q_AMPLITUDE, Q_UNIT, K_W1, K_W2, K_AMPLITUDE, K_UNIT, NORM, DECAY_PARAMETER,
     VALUES, NORMS, MAXIMUM, OUT, GUARDED,
     q_batch, q_head, k_batch, k_head, v_batch, v_head,
-    BATCH, HEADS, STATE_HEADS, KV_HEADS,
+    BATCH, HEADS, STATE_HEADS, KV_HEADS, MAP_HEADS, NORM_UNIT, DECAY_UNIT,
     D: tl.constexpr, DV: tl.constexpr, N: tl.constexpr, SCALE, GUARD,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr,
     GROUP: tl.constexpr, HYPERBOLIC: tl.constexpr, NONSTATIONARY: tl.constexpr, DECAY: tl.constexpr,
@@ -43,7 +50,8 @@ def decode_kernel(
 ):  # fmt: skip
     """One token of SEQUENCES sequences: queries (B, H, d), keys (B, K, d), values (B, K, D).
 
-    They are the first of ROWS rows, the least that the matrix units take.
+    They are the first of ROWS rows, the least that the matrix units take. Maps are as `FeatureMap.raw_spectrum` gives
+    them, since what arithmetic they need would cost a step more launches than its work.
     """
     head, first = tl.program_id(0), tl.program_id(1) * SEQUENCES
     kv_head = head // (STATE_HEADS // KV_HEADS)
@@ -54,9 +62,15 @@ def decode_kernel(
     valid = inside
     if MASKED:
         valid = inside & (tl.load(VISIBLE + batch, inside, 0) != 0)
-    k_w1, k_w2 = load_frequencies(K_W1, K_W2, head, D, N, 1.0, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE)
+    norm = tl.load(NORM + head).to(tl.float32)
+    k_unit = 1.0
+    if HYPERBOLIC:
+        k_unit = tl.load(K_UNIT + head).to(tl.float32)
+        factor = NORM_UNIT * norm * k_unit * k_unit * LOG2E
+    else:
+        factor = tl.exp(-norm) * LOG2E
+    k_w1, k_w2 = load_frequencies(K_W1, K_W2, head, D, N, k_unit, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE)
     key = load_rows(K + kv_head * k_head, k_batch, batch, inside, 0, D, BLOCK_D).to(DTYPE)
-    factor = tl.load(K_NORM_FACTOR + head) * LOG2E
     phase, modulation, norm, largest = key_phases(
         key, k_w1, k_w2, K_AMPLITUDE, head, N, factor, valid, BLOCK_N, HYPERBOLIC, NONSTATIONARY, PRECISION
     )
@@ -67,10 +81,23 @@ def decode_kernel(
     # a token's own features are as of now; what the state keeps of earlier ones is less by a token's decay
     now = tl.zeros((ROWS,), tl.float32)
     k_a, k_b = features(
-        phase, modulation, shift, K_AMPLITUDE, head, N, RATE, head, now, BLOCK_N, HYPERBOLIC, NONSTATIONARY, False
+        phase,
+        modulation,
+        shift,
+        K_AMPLITUDE,
+        head,
+        N,
+        DECAY_PARAMETER,
+        head,
+        now,
+        BLOCK_N,
+        HYPERBOLIC,
+        NONSTATIONARY,
+        False,
     )
     if DECAY:
-        kept_a, kept_b = forgotten(RATE, head, 0, N, 1.0, BLOCK_N), forgotten(RATE, head, 1, N, 1.0, BLOCK_N)
+        kept_a = kept_of_feature(DECAY_PARAMETER, head, 0, N, DECAY_UNIT, BLOCK_N)
+        kept_b = kept_of_feature(DECAY_PARAMETER, head, 1, N, DECAY_UNIT, BLOCK_N)
     tl.store(MAXIMUM + states, (new - state_unit(N, HYPERBOLIC)) * LN2, inside)
     if not HYPERBOLIC:
         norms = tl.load(NORMS + states, inside, 0.0) * decay
@@ -82,16 +109,18 @@ def decode_kernel(
     mask = (d < DV)[:, None] & (n < N)[None, :]
     for member in tl.static_range(GROUP):
         q_head_index = head * GROUP + member
+        q_map = q_head_index // (HEADS // MAP_HEADS)
+        q_unit = tl.load(Q_UNIT + q_head_index).to(tl.float32) if HYPERBOLIC else 1.0
         q_w1, q_w2 = load_frequencies(
-            Q_W1, Q_W2, q_head_index, D, N, SCALE, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE
+            Q_W1, Q_W2, q_map, D, N, SCALE * q_unit, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE
         )
         query = load_rows(Q + q_head_index * q_head, q_batch, batch, inside, 0, D, BLOCK_D).to(DTYPE)
         phase, modulation = phases(query, q_w1, q_w2, NONSTATIONARY, PRECISION)
         scale = tl.zeros((ROWS,), tl.float32)
         if HYPERBOLIC:
-            scale = largest_log_feature(phase, modulation, Q_AMPLITUDE, q_head_index, N, BLOCK_N, NONSTATIONARY)
+            scale = largest_log_feature(phase, modulation, Q_AMPLITUDE, q_map, N, BLOCK_N, NONSTATIONARY)
         q_a, q_b = features(
-            phase, modulation, scale, Q_AMPLITUDE, q_head_index, N, RATE, head, now,
+            phase, modulation, scale, Q_AMPLITUDE, q_map, N, DECAY_PARAMETER, head, now,
             BLOCK_N, HYPERBOLIC, NONSTATIONARY, False,
         )  # fmt: skip
         least = tl.zeros((ROWS,), tl.float32) + GUARD

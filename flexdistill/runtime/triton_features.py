@@ -35,10 +35,10 @@ def load_frequencies(
     unit = SCALE * LOG2E if HYPERBOLIC else SCALE
     offsets = head * D * N + d[:, None] * N + n[None, :]
     inside = (d < D)[:, None] & (n < N)[None, :]
-    w1 = (tl.load(W1 + offsets, inside, 0.0) * unit).to(DTYPE)
+    w1 = (tl.load(W1 + offsets, inside, 0.0).to(tl.float32) * unit).to(DTYPE)
     w2 = w1
     if NONSTATIONARY:
-        w2 = (tl.load(W2 + offsets, inside, 0.0) * unit).to(DTYPE)
+        w2 = (tl.load(W2 + offsets, inside, 0.0).to(tl.float32) * unit).to(DTYPE)
     return w1, w2
 
 
@@ -50,7 +50,7 @@ def load_amplitude(AMPLITUDE, head, half, N, BLOCK_N: tl.constexpr, HYPERBOLIC: 
     """
     n = tl.arange(0, BLOCK_N)
     if HYPERBOLIC:
-        return tl.load(AMPLITUDE + (head * 2 + half) * N + n, n < N, float("-inf")) * LOG2E
+        return tl.load(AMPLITUDE + (head * 2 + half) * N + n, n < N, float("-inf")).to(tl.float32) * LOG2E
     else:
         return tl.where(n < N, tl.rsqrt(N * 1.0), 0.0)
 

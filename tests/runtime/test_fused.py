@@ -211,6 +211,8 @@ def test_sequences_decoded_together(variant, component, together, monkeypatch):
 
     monkeypatch.setattr(fused, "decoded_together", lambda *_: together)
     feature_map = kernel(variant, component, key_heads="kv")
+    if feature_map.measures:  # units other than 1
+        feature_map.calibrate(torch.linspace(15, 50, HEADS + KV_HEADS))
     query, key, value = (x.detach() for x in query_key_value(12, batch=5))
     outputs = []
     for name in ("triton", "torch"):
@@ -232,6 +234,24 @@ def test_two_programs_per_processor_decode(state_heads, batch, expected):
     from flexdistill.runtime.launch import decoded_together
 
     assert decoded_together(state_heads, batch, processors=132) == expected
+
+
+@pytest.mark.parametrize(
+    ("variant", "component"), [("nonstationary+decay", "hyperbolic"), ("stationary", "trigonometric")]
+)
+def test_half_precision_maps_decode(variant, component, monkeypatch):
+    feature_map = kernel(variant, component, tied=True).bfloat16()
+    query, key, value = (x.detach() for x in query_key_value(12))
+    outputs = []
+    for name in ("triton", "torch"):
+        monkeypatch.setenv(VARIABLE, name)
+        with torch.no_grad():
+            _, memory = attend(feature_map, *(x[:, :, :11] for x in (query, key, value)), scaling=SCALING)
+            output, _ = attend(
+                feature_map, *(x[:, :, 11:] for x in (query, key, value)), scaling=SCALING, memory=memory
+            )
+        outputs.append(output)
+    assert relative_error(*outputs) <= 2e-5
 
 
 def test_memory_with_gradients_is_torchs():
@@ -335,7 +355,7 @@ def test_operators_fit_torch(variant, window):
     torch.library.opcheck(attention_op, arguments, test_utils=OPERATOR_CHECKS)
     *_, values, norms, maximum = attention_op(*arguments)
     token = [x[:, :, :1].detach() for x in (query, key, value)]
-    maps = [x if x is None else x.detach() for x in (*spectrum.query, *spectrum.key, spectrum.decay)]
+    maps = [x if x is None else x.detach() for x in feature_map.raw_spectrum()]
     torch.library.opcheck(decode_op, (*token, None, *maps, values, norms, maximum, 1.0), test_utils=OPERATOR_CHECKS)
 
 
