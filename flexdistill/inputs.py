@@ -36,6 +36,7 @@ class Sequences:
     training: TokenRows  # (N, T)
     evaluation: torch.Tensor  # (M, T')
     selection: torch.Tensor  # (S, T): training text that is held out to choose layers on
+    recalled: torch.Tensor | None  # (S, T) bool: the positions of it that count; None: all
     validation: torch.Tensor  # (V, T): held out where a stage validates
     labels: TokenRows | None  # (L, T''): for label training, cut from what follows the other stages' rows
     separator: int | None  # the token that ends a document
@@ -167,13 +168,19 @@ def load_sequences(recipe: Recipe, model: PreTrainedModel, tokenizer) -> Sequenc
     ]
     training, rows, labels = _read_mixture(recipe, tokenizer, sum(sizes))
     held_out, selection, validation = rows.split(sizes)
-    # layers are chosen for what they are trained for
-    repeat_spans(selection, torch.arange(len(selection)), data.repeats)
+    recalled = None
+    if data.repeats and len(selection):
+        recalled = repeat_spans(selection, torch.arange(len(selection)), 1.0)
+        if not recalled.any():
+            raise FlexdistillError(
+                f"Sequences of {selection.shape[1]} tokens are too short to choose layers by what they recall; set a "
+                "larger --sequence-length, or data.repeats: 0."
+            )
     if recipe.label_training.validation_every and recipe.label_training.steps:
         cut(validation.flatten(), recipe.sequence_length(LabelTraining.name))  # too few are told before training
     if evaluation.source is not None:
         held_out = pack(read_documents(evaluation), tokenizer, length, evaluation.sequences)
-    return Sequences(training, held_out, selection, validation, labels, separator)
+    return Sequences(training, held_out, selection, recalled, validation, labels, separator)
 
 
 def _read_mixture(recipe: Recipe, tokenizer, held_out: int) -> tuple[TokenRows, torch.Tensor, TokenRows | None]:

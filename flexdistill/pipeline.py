@@ -152,7 +152,12 @@ def run_stages(
                 kl_gains = read_json(chosen)
             else:
                 kl_gains = choose_layers(
-                    student, recipe.kernel.keep_softmax, sequences.selection, recipe.evaluation.batch_size, accelerator
+                    student,
+                    recipe.kernel.keep_softmax,
+                    sequences.selection,
+                    recipe.evaluation.batch_size,
+                    accelerator,
+                    sequences.recalled,
                 )
                 if accelerator.is_main_process:
                     write_json(chosen, kl_gains)

@@ -36,7 +36,7 @@ def rank_layers(recipe: Recipe) -> dict:
     student = make_student(model, plan, sequences, accelerator)
     with tempfile.TemporaryDirectory() as work:
         run_stages(all_linear, student, sequences, accelerator, Path(work))
-    arguments = (sequences.selection, recipe.evaluation.batch_size, accelerator)
+    arguments = (sequences.selection, recipe.evaluation.batch_size, accelerator, sequences.recalled)
     names = [module.name for module in plan.converted]
     kl, *figures = kl_with_softmax_in(student, [[], *([name] for name in names)], *arguments)
     layers = [{"name": name, "kl": figure, "gain": kl - figure} for name, figure in zip(names, figures, strict=True)]

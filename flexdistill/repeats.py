@@ -12,7 +12,7 @@ SPANS = 2
 SHORTEST, LONGEST = 16, 256
 
 
-def repeat_spans(tokens: torch.Tensor, rows: torch.Tensor, share: float) -> None:
+def repeat_spans(tokens: torch.Tensor, rows: torch.Tensor, share: float) -> torch.Tensor:
     """Overwrites spans of some sequences, in place, with what stood before them in the same sequence.
 
     A teacher that finds the copies goes on with what followed the first time, so a student learns to find them, too
@@ -22,10 +22,14 @@ def repeat_spans(tokens: torch.Tensor, rows: torch.Tensor, share: float) -> None
         tokens: (R, T), any dtype.
         rows: (R,), the sequences' numbers; they alone decide which sequences repeat, and what.
         share: of the sequences that repeat, 0 to 1.
+
+    Returns:
+        (R, T) bool: positions inside a copy whose next token is a copy, too, so that recall can tell it.
     """
     length = tokens.shape[1]
+    recalled = torch.zeros(tokens.shape, dtype=torch.bool)
     longest = max(1, min(LONGEST, length // 4))
-    for sequence, row in zip(tokens, rows.tolist(), strict=True):
+    for sequence, known, row in zip(tokens, recalled, rows.tolist(), strict=True):
         generator = random.Random(row)
         if generator.random() >= share:
             continue
@@ -34,3 +38,5 @@ def repeat_spans(tokens: torch.Tensor, rows: torch.Tensor, share: float) -> None
             start = generator.randint(0, length - 2 * size)
             copy = generator.randint(start + size, length - size)
             sequence[copy : copy + size] = sequence[start : start + size].clone()
+            known[copy : copy + size - 1] = True
+    return recalled

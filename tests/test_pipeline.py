@@ -600,6 +600,22 @@ def test_layers_are_chosen_on_text_of_their_own(sources):
     assert [torch.equal(*pair) for pair in zip(parts, repeating, strict=True)] == [False, True, False]
 
 
+def test_layers_are_chosen_by_recall_where_it_is_trained(sources):
+    source, tokenizer, model = inputs.load_source(make_recipe(sources))
+
+    def read(**settings):
+        recipe = make_recipe(sources, **{"kernel.keep_softmax": 1} | settings)
+        return inputs.load_sequences(recipe, model, tokenizer)
+
+    plain, few = read(), read(**{"data.repeats": 0.01})
+    assert plain.recalled is None and few.recalled.shape == few.selection.shape
+    assert few.recalled.any(1).all()  # every sequence repeats, however few do in training
+    changed = (plain.selection != few.selection).any(1)
+    assert changed.all()
+    with pytest.raises(FlexdistillError, match="Sequences of 4 tokens are too short"):
+        read(**{"data.repeats": 0.5, "data.sequence_length": 4})
+
+
 def test_mixed_texts(sources, tmp_path):
     numbers = tmp_path / "numbers.txt"
     numbers.write_text("".join(f"{n} " for n in range(3000)))

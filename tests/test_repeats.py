@@ -21,6 +21,18 @@ def test_spans_come_again_later(length):
             assert len(copied) >= SHORTEST
 
 
+@pytest.mark.parametrize("length", [8, 64, 1024])
+def test_what_recall_can_tell(length):
+    tokens = torch.arange(length).repeat(50, 1)
+    recalled = repeat_spans(tokens, torch.arange(50), 1.0)
+    follows = tokens[:, 1:] == tokens[:, :-1] + 1
+    for row, known in zip(tokens, recalled, strict=True):
+        assert not known[-1] and (row[:-1] < torch.arange(length - 1))[known[:-1]].all()  # inside a copy
+    # but for where a second copy cuts the first, which short ones often do
+    assert follows[recalled[:, :-1]].float().mean() > (0.95 if length > 8 else 0.6)
+    assert not repeat_spans(tokens, torch.arange(50), 0.0).any()
+
+
 def test_rows_alone_decide():
     together = repeated([3, 8, 1], 100, share=0.5)
     for row, tokens in zip([3, 8, 1], together, strict=True):

@@ -28,6 +28,7 @@ def kl_with_softmax_in(
     sequences: torch.Tensor,
     batch_size: int,
     accelerator: Accelerator,
+    counted: torch.Tensor | None = None,
 ) -> list[float]:
     """Mean KL per token of the teacher's predictions from a student's in which some modules are softmax again.
 
@@ -36,6 +37,7 @@ def kl_with_softmax_in(
     Args:
         choices: for each figure, the names of the converted modules that are softmax.
         sequences: token ids (N, T), shared out over the processes.
+        counted: (N, T) bool, the positions that the mean is over; None: all.
 
     Returns:
         nats per token, one figure per choice.
@@ -45,23 +47,30 @@ def kl_with_softmax_in(
     # one sum of KL per choice, then the number of positions
     sums = torch.zeros(len(choices) + 1, dtype=torch.float64, device=accelerator.device)
     teacher, split = SplitModel(student), SplitModel(student)
-    batches = sequences.split(batch_size)[accelerator.process_index :: accelerator.num_processes]
+    if counted is None:
+        counted = torch.ones(sequences.shape, dtype=torch.bool)
+    batches = list(zip(sequences.split(batch_size), counted.split(batch_size), strict=True))
     with torch.no_grad(), accelerator.autocast():
-        for batch in batches:
-            batch = batch.to(accelerator.device)
+        for batch, mask in batches[accelerator.process_index :: accelerator.num_processes]:
+            batch, mask = batch.to(accelerator.device), mask.to(accelerator.device).flatten()
             with softmax_mode(student):
                 expected = teacher.hidden(batch).flatten(0, 1)
             for index, softmax in enumerate(choices):
                 with attention_function(student, _softmax_in(softmax)):
                     hidden = split.hidden(batch).flatten(0, 1)
-                sums[index] += _kl_sum(split, hidden, teacher, expected)
-            sums[-1] += batch.numel()
+                sums[index] += _kl_sum(split, hidden, teacher, expected, mask)
+            sums[-1] += mask.sum()
     *totals, count = accelerator.reduce(sums, reduction="sum").tolist()
     return [total / count for total in totals]
 
 
 def choose_layers(
-    student: PreTrainedModel, count: int, sequences: torch.Tensor, batch_size: int, accelerator: Accelerator
+    student: PreTrainedModel,
+    count: int,
+    sequences: torch.Tensor,
+    batch_size: int,
+    accelerator: Accelerator,
+    counted: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """The modules that stay softmax, chosen one after the other, each given those before it.
 
@@ -71,15 +80,17 @@ def choose_layers(
         student: converted, its kernels trained by attention transfer alone.
         count: how many stay softmax.
         sequences: token ids (N, T), of text that is neither trained nor evaluated on.
+        counted: as in `kl_with_softmax_in`.
 
     Returns:
         name relative to the base model -> drop of the KL in nats per token, in the order of choice.
     """
     names, gains = list(converted_modules(student)), {}
-    (kl,) = kl_with_softmax_in(student, [[]], sequences, batch_size, accelerator)
+    arguments = (sequences, batch_size, accelerator, counted)
+    (kl,) = kl_with_softmax_in(student, [[]], *arguments)
     for _ in range(count):
         rest = [name for name in names if name not in gains]
-        figures = kl_with_softmax_in(student, [[*gains, name] for name in rest], sequences, batch_size, accelerator)
+        figures = kl_with_softmax_in(student, [[*gains, name] for name in rest], *arguments)
         least = min(figures)
         gains[rest[figures.index(least)]] = kl - least
         kl = least
@@ -93,11 +104,12 @@ def _softmax_in(modules: set[torch.nn.Module]):
     return attend
 
 
-def _kl_sum(split: SplitModel, hidden: torch.Tensor, teacher: SplitModel, expected: torch.Tensor) -> torch.Tensor:
+def _kl_sum(
+    split: SplitModel, hidden: torch.Tensor, teacher: SplitModel, expected: torch.Tensor, counted: torch.Tensor
+) -> torch.Tensor:
     piece = positions_per_piece(split.model)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for start in range(0, len(hidden), piece):
         part = slice(start, start + piece)
-        mask = torch.ones(len(hidden[part]), dtype=torch.bool, device=hidden.device)
-        total += kl_divergence(split.logits(hidden[part]), teacher.logits(expected[part]), mask)[0]
+        total += kl_divergence(split.logits(hidden[part]), teacher.logits(expected[part]), counted[part])[0]
     return total

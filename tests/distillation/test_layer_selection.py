@@ -43,6 +43,20 @@ def test_kl_is_that_of_the_restored_model(name):
     assert figures[0] > figures[1] > figures[3] == pytest.approx(0, abs=1e-6)
 
 
+def test_only_counted_positions_count():
+    model = student("llama")
+    tokens = sequences()
+    counted = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    with softmax_mode(model):
+        expected = logits(model)
+    arguments = (tokens, 3, Accelerator(cpu=True), counted)
+    (figure,) = kl_with_softmax_in(model, [[]], *arguments)
+    assert figure == pytest.approx(mean_kl(expected[counted], logits(model)[counted]), rel=1e-4)
+    names = list(converted_modules(model))
+    gains = choose_layers(model, len(names), *arguments)
+    assert sum(gains.values()) == pytest.approx(figure, rel=1e-4)
+
+
 @every_model
 def test_the_choice_is_the_best_one_by_one(name):
     model = student(name)
