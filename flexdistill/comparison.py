@@ -28,7 +28,7 @@ from .plots import has_matplotlib, plot_comparison
 from .recipe import STAGES, KernelRecipe, Recipe
 from .recipe_sections import parse_yaml
 from .runs import COMPARISON, INDECISIVE, check_output
-from .storage import write_json
+from .storage import expanded, write_json
 from .tables import comparison_table, markdown_table
 
 Variant = str | dict[str, Any]
@@ -81,7 +81,7 @@ def compare(
     Raises:
         FlexdistillError: if anything about the input does not fit; then nothing on disk has changed.
     """
-    output = Path(output).expanduser().resolve()
+    output = expanded(output).resolve()
     check_output(output, overwrite=overwrite or resume, resume=resume, inputs=recipe.inputs)
     entries = make_entries(recipe if budget is None else recipe.with_budget(budget), variants, windows)
     with disk_errors(output):

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .errors import FlexdistillError
-from .storage import sha256_of_file
+from .storage import expanded, sha256_of_file
 
 if TYPE_CHECKING:
     from .recipe import DataRecipe, EvaluationRecipe
 
 SAMPLE = Path(__file__).parent / "samples" / "middlemarch.txt.xz"
 
+# rows of text that would be trained on with their quotes and commas
+_NO_TEXT = {".json", ".csv", ".tsv"}
 _KINDS = {
     **dict.fromkeys((".txt", ".text", ".raw", ".md"), "text"),
     ".jsonl": "jsonl",
@@ -41,9 +43,18 @@ def read_documents(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
         FlexdistillError: if the source is missing, damaged, not UTF-8 or empty, lacks the column, or if a setting of
             the section does not apply to it.
     """
-    files = _local_files(section.source)
+    files = _files_of(section)
     if files is None:
         return _with_text(_read_dataset(section), section.source)
+    column = section.column or "text"
+    return _with_text((document for file in files for document in _read_file(file, column)), section.source)
+
+
+def _files_of(section: DataRecipe | EvaluationRecipe) -> list[Path] | None:
+    """`_local_files`, where all settings of the section apply to them."""
+    files = _local_files(section.source)
+    if files is None:
+        return None
     for setting in ("config", "split"):
         if getattr(section, setting) is not None:
             raise FlexdistillError(
@@ -52,8 +63,7 @@ def read_documents(section: DataRecipe | EvaluationRecipe) -> Iterator[str]:
     plain = next((file for file in files if _kind(file) == "text"), None)
     if section.column is not None and plain is not None:
         raise FlexdistillError(f"Setting 'column' does not apply to plain text and {plain} is that; remove it.")
-    column = section.column or "text"
-    return _with_text((document for file in files for document in _read_file(file, column)), section.source)
+    return files
 
 
 def text_identity(section: DataRecipe | EvaluationRecipe) -> list:
@@ -62,7 +72,7 @@ def text_identity(section: DataRecipe | EvaluationRecipe) -> list:
     Raises:
         FlexdistillError: as `read_documents` does.
     """
-    files = _local_files(section.source)
+    files = _files_of(section)
     if files is not None:
         return [[_kind(file), file.suffix if _is_compressed(file) else "", _sha256(file)] for file in files]
     with _dataset_errors(section):
@@ -80,7 +90,7 @@ def _sha256(file: Path) -> str:
 
 def _local_files(source: str) -> list[Path] | None:
     """The files of a local source, or None for a `datasets` name."""
-    path = SAMPLE if source == "sample" else Path(source).expanduser()
+    path = SAMPLE if source == "sample" else expanded(source)
     if path.is_file():
         files = [path]
     elif source and path.is_dir():
@@ -94,6 +104,10 @@ def _local_files(source: str) -> list[Path] | None:
     else:
         return None
     for file in files:
+        if file.suffix.lower() in _NO_TEXT:
+            raise FlexdistillError(
+                f"{file} is not read as text; write its rows as .jsonl or .parquet, or name it .txt if it is one text."
+            )
         if _kind(file) == "parquet" and _is_compressed(file):
             raise FlexdistillError(f"{file} is compressed parquet, which is not read; decompress it first.")
     return files
@@ -149,9 +163,10 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[Any]:
                 continue
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = getattr(error, "msg", "too deep")
                 raise FlexdistillError(
-                    f"Line {number} of {path} is not JSON ({error.msg}); give one JSON object per line."
+                    f"Line {number} of {path} is not JSON ({reason}); give one JSON object per line."
                 ) from error
 
 
@@ -198,7 +213,14 @@ def _text_of(row: Any, column: str, where: str) -> str:
         raise FlexdistillError(
             f"{where} holds a {type(row[column]).__name__} in column {column!r}; set data.column to one of text."
         )
-    return row[column]
+    text = row[column]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can hold them, tokenizers refuse them
+        raise FlexdistillError(
+            f"{where} holds half of a surrogate pair, which is no text; repair or remove it."
+        ) from error
+    return text
 
 
 def _missing_column(where: str, column: str, names: Iterable[str]) -> FlexdistillError:

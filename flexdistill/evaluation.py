@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -102,7 +101,7 @@ def perplexity(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int,
             hidden = split.hidden(batch).flatten(0, 1)
             sums += _token_sums(split, hidden, split, hidden, batch)[:2]
     total, count = accelerator.reduce(sums, reduction="sum").tolist()
-    return math.exp(total / count)
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
 
 def _evaluate(modes: dict, sequences: torch.Tensor, batch_size: int, accelerator: Accelerator) -> tuple[list, float]:

@@ -14,6 +14,9 @@ from .evaluation import load_converted
 from .runtime.cache import cache_num_bytes
 from .sources import load_tokenizer, resolve_model
 
+# what a source's generation_config.json may have set otherwise, and this function does not return
+_ONE_SEQUENCE = {"use_cache": True, "num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None}
+
 
 def generate(directory: str, prompt: str, *, seed: int | None = None, **settings: Any) -> dict[str, Any]:
     """Continues `prompt` with a converted model.
@@ -41,7 +44,7 @@ def generate(directory: str, prompt: str, *, seed: int | None = None, **settings
         set_seed(seed)
     start = time.perf_counter()
     try:
-        output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+        output = model.generate(**inputs, **_ONE_SEQUENCE | settings, return_dict_in_generate=True)
     except IndexError as error:  # learned position embeddings end; rotary ones do not
         raise FlexdistillError(
             f"Prompt and new tokens are longer than the model's {max_positions(model)} positions; "

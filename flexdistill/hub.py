@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from .errors import FlexdistillError, first_sentence
 from .progress import progress_bars_on_terminals_only
 from .runtime.configuration_flexformer import MODEL_TYPE
+from .storage import expanded
 
 # of an earlier push, where the weights were cut into other files: they would be loaded in the place of the new ones
 _STALE_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"]
@@ -93,7 +94,7 @@ def check_owner(repository: str) -> None:
 
 
 def _exported(directory: str | Path) -> Path:
-    folder = Path(directory).expanduser()
+    folder = expanded(directory)
     if not folder.is_dir():
         raise FlexdistillError(f"Folder {directory} does not exist; give the one that `flexdistill convert` wrote.")
     try:

@@ -23,6 +23,7 @@ from .progress import progress_bars_on_terminals_only
 from .recipe import Recipe
 from .runs import Run, open_run
 from .sources import ModelSource, check_vocabulary, load_config, load_tokenizer, resolve_model
+from .storage import expanded
 
 
 def initialise(
@@ -67,7 +68,7 @@ def _initialise(config: str, recipe: Recipe, tokenizer: str | None, run: Run) ->
 
 
 def _config_source(config: str) -> ModelSource:
-    path = Path(config).expanduser()
+    path = expanded(config)
     if path.suffix == ".json" and path.is_file():
         return ModelSource(config, str(path))
     return resolve_model(config)

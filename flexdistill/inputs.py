@@ -15,12 +15,14 @@ from .distillation.documents import DocumentMasks
 from .distillation.embeddings import has_tied_embeddings
 from .distillation.heads import SplitModel
 from .distillation.labels import LabelTraining
+from .distillation.logits import check_adapters
 from .distillation.memory import repeated_layers
 from .distillation.model_stage import check_labels
 from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
 from .packing import cut, pack, separator_of, split_held_out
 from .recipe import STAGES, Recipe
+from .recipe_stages import LoraRecipe
 from .repeats import repeat_spans
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
 from .token_cache import cache_folder, read_tokens
@@ -118,6 +120,8 @@ def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
             f"Variant {recipe.kernel.variant!r} has no parameters, so train: kernels has nothing to train; set "
             "logit_distillation.train to full or lora, or its steps to 0."
         )
+    if logits.steps and logits.train == "lora":
+        check_adapters(model, logits.lora or LoraRecipe())
     if labels.steps:
         check_labels(model, plan.converted, "set label_training.steps to 0")
     if recipe.tied_embeddings == "tied":

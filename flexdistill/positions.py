@@ -17,6 +17,7 @@ from .evaluation import check_same_model, load_converted
 from .losses import label_rows
 from .packing import pack
 from .recipe import EvaluationRecipe
+from .scoring import check_causal
 from .sources import load_model, load_tokenizer, resolve_model
 
 FIRST_BUCKET = 512
@@ -86,8 +87,9 @@ def evaluate_by_position(
     source = resolve_model(teacher)
     tokenizer, model = load_tokenizer(source), load_model(source)
     student = load_converted(directory)
+    check_causal(student)
     check_same_model(model, student)
-    check_sequence_length(model, recipe.sequence_length)
+    check_sequence_length(student, recipe.sequence_length)
     sequences = pack(read_documents(recipe), tokenizer, recipe.sequence_length, recipe.sequences)
     arguments = (sequences, accelerator, recipe.batch_size)
     return {

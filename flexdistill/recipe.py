@@ -185,7 +185,7 @@ def _forget_ignored(nested: dict[str, Any], key: str, settings: dict[str, Any]) 
     names, ignored = _ABOUT.get(key, ((), bool))
     section = key.rpartition(".")[0]
     for name in names:
-        if ignored(settings[key]) and f"{section}.{name}" not in settings:
+        if ignored(settings[key]) and f"{section}.{name}" not in settings and isinstance(nested.get(section), dict):
             nested[section].pop(name, None)
 
 

@@ -116,7 +116,7 @@ class TextRecipe(Section):
 class WeightedTextRecipe(TextRecipe):
     """One text of a mixture."""
 
-    weight: float = Field(1.0, gt=0, description="its share of the sequences, over the sum of all weights")
+    weight: float = Field(1.0, gt=0, le=1e6, description="its share of the sequences, over the sum of all weights")
 
 
 class DataRecipe(TextRecipe):

@@ -29,7 +29,7 @@ from .report_html import figure_grid, page, section, table
 from .runtime.feature_maps import FeatureMap
 from .runtime.registry import build_feature_map
 from .sources import load_model, load_tokenizer, resolve_model
-from .storage import write_whole
+from .storage import expanded, write_whole
 from .tables import summary_lines
 
 # of a map, which a phone shows in half its width
@@ -74,7 +74,9 @@ def write_report(
         FlexdistillError: if matplotlib is missing, the folder is not such a one, the text does not fit, or the page is
             there already or cannot be written; then nothing on disk has changed.
     """
-    folder, output = Path(directory).expanduser(), Path(output).expanduser()
+    folder, output = expanded(directory), expanded(output)
+    if output.is_dir():
+        raise FlexdistillError(f"{output} is a folder; name a file for the page.")
     if not has_matplotlib():
         raise FlexdistillError("A report draws with matplotlib, which is missing; install the extra [report].")
     if output.exists() and not overwrite:
@@ -97,7 +99,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
         missing = {"model", "kernel", "rows", "attention_kl"} - set(metrics)
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_sentence(error)
         raise FlexdistillError(
             f"{folder / 'metrics.json'} is not the metrics of a conversion ({reason}); give the folder that "

@@ -19,7 +19,7 @@ from .errors import FlexdistillError, disk_errors
 from .recipe import Recipe
 from .recipe_sections import flat
 from .runtime.configuration_flexformer import MODEL_TYPE
-from .storage import write_json, write_whole
+from .storage import expanded, write_json, write_whole
 
 # written last, so that a run that has it has all that --resume needs
 RECIPE = "recipe.yaml"
@@ -130,7 +130,7 @@ def open_run(output: str | Path, *, overwrite: bool, resume: bool, inputs: tuple
         LostProcessError: if another process of the run dies.
         RunInterrupted: on SIGTERM or SIGINT.
     """
-    output = Path(output).expanduser().resolve()
+    output = expanded(output).resolve()
     check = partial(check_output, output, overwrite=overwrite, resume=resume, inputs=inputs)
     with disk_errors(output), contextlib.ExitStack() as held:
         run = Run(output, held, check, resume)
@@ -150,15 +150,28 @@ def working_folder(output: Path) -> Path:
 
 def check_output(output: Path, *, overwrite: bool, resume: bool, inputs: tuple[str | None, ...] = ()) -> None:
     """Raises FlexdistillError if writing `output` would touch a result, another run or an input that is there."""
+    work = working_folder(output)
     for name in inputs:
-        path = Path(name).expanduser().resolve() if name else None
-        if path is not None and path.exists() and path.is_relative_to(output):
+        path = expanded(name).resolve() if name else None
+        if path is None or not path.exists():
+            continue
+        if path.is_relative_to(output) or path.is_relative_to(work):
             raise FlexdistillError(f"Output {output} would replace the input {name}; choose another --output.")
+        # a folder of texts is read as a whole; in that of a model there may be more than the model
+        if path.is_dir() and output.is_relative_to(path) and not (path / "config.json").is_file():
+            raise FlexdistillError(
+                f"Output {output} is inside the folder {name} that is read, which would read its files, too; choose an "
+                "--output outside."
+            )
     if output.exists() and not output.is_dir():
         raise FlexdistillError(f"Output {output} is a file; name a folder.")
     if not output.name or output.is_mount():
         raise FlexdistillError(f"Output {output} cannot be replaced as a whole; name a folder inside it.")
-    work = working_folder(output)
+    if work.exists() and not _is_run(work):
+        raise FlexdistillError(
+            f"{work} is in the way of the run and holds something else than one that is unfinished; move it, or choose "
+            "another --output."
+        )
     if _is_locked(work):
         raise _being_written(work)
     if output.is_dir() and any(output.iterdir()):
@@ -218,6 +231,11 @@ def _is_result(output: Path) -> bool:
     config = output / "config.json"
     is_model = config.is_file() and f'"{MODEL_TYPE}"' in config.read_text(encoding="utf-8", errors="replace")
     return is_model or (output / COMPARISON).is_file()
+
+
+def _is_run(work: Path) -> bool:
+    """Whether a working folder is a run's, or empty."""
+    return work.is_dir() and (_has_just_begun(work) or (work / _LOCK).exists() or (work / RECIPE).exists())
 
 
 def _has_just_begun(work: Path) -> bool:

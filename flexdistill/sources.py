@@ -30,6 +30,7 @@ from .errors import FlexdistillError, explained
 from .loading import checked_settings, load_weights
 from .progress import progress_bars_on_terminals_only
 from .runtime.configuration_flexformer import MODEL_TYPE
+from .storage import expanded
 
 PACKAGE_PREFIX = "package:"
 
@@ -60,7 +61,7 @@ def resolve_model(name: str) -> ModelSource:
     """
     if name.startswith(PACKAGE_PREFIX):
         return _resolve_package(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise FlexdistillError(
@@ -167,6 +168,11 @@ def load_card(source: ModelSource) -> ModelCardData:
         return ModelCardData()
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id; some tokenizers leave ids out."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Checks that every token id has an input embedding.
 
@@ -174,9 +180,10 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         FlexdistillError: if the tokenizer has more tokens than the embedding has rows.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    size = vocabulary_size(tokenizer)
+    if size > rows:
         raise FlexdistillError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model has {rows} input embeddings; "
+            f"The tokenizer has token ids up to {size - 1} and the model has {rows} input embeddings; "
             "give the tokenizer that belongs to the model."
         )
 

@@ -7,7 +7,21 @@ import json
 import os
 from pathlib import Path
 
+from .errors import FlexdistillError
+
 _BLOCK = 2**20
+
+
+def expanded(path: str | Path) -> Path:
+    """A path whose leading ~ or ~USER is that home.
+
+    Raises:
+        FlexdistillError: if there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FlexdistillError(f"{path} names the home of a user that is not known; write the whole path.") from error
 
 
 def write_whole(file: Path, text: str) -> None:

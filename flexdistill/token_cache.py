@@ -21,6 +21,8 @@ from .data import read_documents, text_identity
 from .errors import FlexdistillError
 from .packing import text_pieces, token_pieces
 from .progress import is_main_process
+from .sources import vocabulary_size
+from .storage import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +36,7 @@ _FORMAT = 1
 def cache_folder(setting: bool | str) -> Path | None:
     """Where a recipe's `data.cache` keeps tokens; None: nowhere."""
     if isinstance(setting, str):
-        return Path(setting).expanduser().resolve()
+        return expanded(setting).resolve()
     return Path(constants.HF_HOME) / "flexdistill" / "tokens" if setting else None
 
 
@@ -50,7 +52,7 @@ def read_tokens(text: TextRecipe, tokenizer: PreTrainedTokenizerBase, count: int
     Raises:
         FlexdistillError: as `data.read_documents` does, or if the folder cannot be written.
     """
-    dtype = numpy.dtype(numpy.uint16 if len(tokenizer) <= 2**16 else numpy.int32)
+    dtype = numpy.dtype(numpy.uint16 if vocabulary_size(tokenizer) <= 2**16 else numpy.int32)
     if folder is None:
         tokens = array(dtype.char)
         pieces = text_pieces(read_documents(text), tokenizer)

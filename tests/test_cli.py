@@ -399,6 +399,13 @@ def test_convert_evaluate_generate(run, models, tmp_path):
     sampled = [run(*greedy, "8", "--temperature", "1", "--seed", "1").out for _ in range(2)]
     assert sampled[0] == sampled[1]
     assert "no tokens" in run("generate", folder, "").err
+    # what the source's generation settings ask for beside one continuation
+    settings = tmp_path / folder / "generation_config.json"
+    unusual = {"use_cache": False, "num_beams": 3, "num_return_sequences": 2, "prompt_lookup_num_tokens": 3}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | unusual))
+    again = run(*greedy, "8", "--json")
+    assert json.loads(again.out)["text"] == short["text"], again.err
+    assert "names the home of a user that is not known" in run("generate", "~nobody-here/x", "The").err
 
 
 def test_compare(run, models, tmp_path, monkeypatch):

@@ -662,3 +662,35 @@ def test_overwrite_replaces_results_only(sources, tmp_path):
         convert(make_recipe(sources), precious, overwrite=True)
     assert (precious / "thesis.txt").read_text() == "years of work"
     assert not precious.with_name("precious.partial").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_working_folder_that_is_no_run_stays(sources, tmp_path, overwrite):
+    precious = tmp_path / "out.partial"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(FlexdistillError, match="out.partial is in the way of the run"):
+        convert(make_recipe(sources), tmp_path / "out", overwrite=overwrite)
+    shutil.copytree(sources / "llama", tmp_path / "model.partial")
+    (tmp_path / "model.partial" / "lock").touch()
+    recipe = make_recipe(sources, model=str(tmp_path / "model.partial"))
+    with pytest.raises(FlexdistillError, match="would replace the input .*model.partial; choose another"):
+        convert(recipe, tmp_path / "model", overwrite=overwrite)
+    assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "model.partial" / "config.json").is_file()
+
+
+def test_an_output_is_not_read_as_text(sources, tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 999)
+    recipe = make_recipe(sources, **{"data.source": str(tmp_path)})
+    with pytest.raises(FlexdistillError, match="is inside the folder .* that is read"):
+        convert(recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("targets", ["nothing", [], "("])
+def test_adapters_are_tried_before_training(sources, tmp_path, targets):
+    settings = {"logit_distillation.train": "lora", "logit_distillation.lora.target_modules": targets}
+    with pytest.raises(FlexdistillError, match="Adapters cannot be put on .*; set logit_distillation.lora") as caught:
+        convert(make_recipe(sources, **settings), tmp_path / "out")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -133,6 +133,15 @@ def test_unknown_recipe_lists_the_shipped_ones():
         Recipe.load("defualt")
 
 
+@pytest.mark.parametrize("section", ["kernel", "data"])
+def test_a_section_is_no_setting(section):
+    settings = {section: "stationary", "kernel.window": 0, "kernel.variant": "hedgehog", "data.source": "text.txt"}
+    with pytest.raises(FlexdistillError):
+        Recipe().override(settings)
+    with pytest.raises(FlexdistillError):
+        Recipe().override(dict(reversed(settings.items())))
+
+
 def test_override_leaves_the_original_alone():
     recipe = Recipe()
     changed = recipe.override({"kernel.window": 64})

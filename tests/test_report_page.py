@@ -232,6 +232,8 @@ def test_bad_choices(converted, tmp_path):
     for settings, words in (({"layers": [2]}, "--layers names 2"), ({"heads": [-1]}, "--heads names -1")):
         with pytest.raises(FlexdistillError, match=words):
             write_report(converted / "out", tmp_path / "page.html", text=text_of(converted, **settings))
+    with pytest.raises(FlexdistillError, match="is a folder; name a file"):
+        write_report(converted / "out", tmp_path, overwrite=True)
     tiny.save_tiny(tmp_path / "llama", tiny.tiny_llama(), tiny.tiny_tokenizer())
     with pytest.raises(FlexdistillError, match="--teacher"):
         write_report(

@@ -244,7 +244,17 @@ def test_tokenizer_must_fit_the_embedding(tiny_tokenizer):
     model = tiny_gpt2()
     check_vocabulary(model, tiny_tokenizer)
     model.resize_token_embeddings(100)
-    rejected("has 256 tokens and the model has 100 input embeddings; give", check_vocabulary, model, tiny_tokenizer)
+    rejected(
+        "token ids up to 255 and the model has 100 input embeddings; give", check_vocabulary, model, tiny_tokenizer
+    )
+
+
+def test_token_ids_may_have_gaps(tiny_tokenizer, monkeypatch):
+    ids = tiny_tokenizer.get_vocab()
+    monkeypatch.setattr(tiny_tokenizer, "get_vocab", lambda: ids | {"e": 300})
+    rejected(
+        "token ids up to 300 and the model has 256 input embeddings", check_vocabulary, tiny_gpt2(), tiny_tokenizer
+    )
 
 
 def test_no_progress_bars_without_a_terminal(write_gguf):

@@ -48,6 +48,12 @@ def test_tokens_are_those_of_pack(text, folder, tiny_tokenizer, count, cached):
     assert len(tokens) == len(expected) or count < len(expected)
 
 
+def test_settings_that_do_not_apply_are_errors_from_the_cache_too(text, folder, tiny_tokenizer):
+    read_tokens(text, tiny_tokenizer, 10, folder)
+    with pytest.raises(FlexdistillError, match="Setting 'split' applies to `datasets` names only"):
+        read_tokens(text.model_copy(update={"split": "train"}), tiny_tokenizer, 10, folder)
+
+
 def test_text_is_tokenised_once(text, folder, tiny_tokenizer, monkeypatch, capsys):
     first = read_tokens(text, tiny_tokenizer, 10**6, folder)
     assert capsys.readouterr().err == ""

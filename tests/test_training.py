@@ -86,7 +86,7 @@ def test_init_takes_another_tokenizer_and_explains_bad_input(tmp_path, sources):
     before = listing(tmp_path)
     settings = tiny_llama().config.to_dict()
     bad = {
-        "vocabulary": (settings | {"vocab_size": 20}, "tokens and the model has 20 input embeddings"),
+        "vocabulary": (settings | {"vocab_size": 20}, "and the model has 20 input embeddings"),
         "architecture": (settings | {"architectures": ["Nonsense"]}, "names the architecture Nonsense, which"),
     }
     for name, (config, message) in bad.items():

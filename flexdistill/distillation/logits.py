@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from ..attention_modes import softmax_mode
-from ..errors import FlexdistillError
+from ..errors import FlexdistillError, first_sentence
 from ..losses import hidden_state_error, kl_divergence, label_loss
 from ..recipe_stages import LogitDistillationRecipe, LoraRecipe
 from .compilation import layers_compiled, maybe_compiled
@@ -165,9 +166,15 @@ def add_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> None:
     """Puts LoRA adapters beside the model's linear layers, not its kernels.
 
     Raises:
-        FlexdistillError: if an adapted layer shares its weight with the input embedding.
+        FlexdistillError: if no layer fits the targets, or an adapted layer shares its weight with the input embedding.
     """
-    model.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.target_modules))
+    try:
+        model.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.target_modules))
+    except (ValueError, TypeError, re.error) as error:
+        raise FlexdistillError(
+            f"Adapters cannot be put on {recipe.target_modules!r} ({first_sentence(error)}); set "
+            "logit_distillation.lora.target_modules to names of linear layers, or to all-linear."
+        ) from error
     embedding = model.get_input_embeddings().weight
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.get_base_layer().weight is embedding:
@@ -175,6 +182,13 @@ def add_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> None:
                 f"An adapter on {name} would change the input embedding too, whose weight it shares; leave it out of "
                 "logit_distillation.lora.target_modules."
             )
+
+
+def check_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> None:
+    """Raises FlexdistillError as `add_adapters` would, and leaves the model as it is."""
+    with torch.device("meta"):
+        shell = type(model)(copy.deepcopy(model.config))
+    add_adapters(shell, recipe)
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

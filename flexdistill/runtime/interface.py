@@ -107,7 +107,7 @@ def softmax_attention(module, query, key, value, attention_mask=None, **kwargs):
 
 
 def visible_keys(mask: LazyMask | torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """bool (B, length) for the last `length` keys, False at padding; None if all are visible."""
+    """bool (B, length) for the `length` keys of a call, False at padding; None if all are visible."""
     if mask is None:
         return None
     if isinstance(mask, LazyMask):
@@ -116,7 +116,7 @@ def visible_keys(mask: LazyMask | torch.Tensor | None, length: int) -> torch.Ten
                 "Flexformer attention takes causal or bidirectional masks with padding only, or causal ones of "
                 "sequences packed by position_ids without a cache; pass sequences one by one or padded."
             )
-        mask = mask.padding
+        mask = mask.padding_of(length)
         if mask is None:
             return None
     if mask.ndim != 2:

@@ -26,6 +26,15 @@ class LazyMask:
         """bool (B, key length), False at padding; None if there is none."""
         return self._arguments["attention_mask"]
 
+    def padding_of(self, length: int) -> torch.Tensor | None:
+        """`padding` of the call's own `length` tokens. What follows them is of a mask made for later calls, too."""
+        padding, start = self.padding, self._arguments["q_offset"]
+        if padding is None or padding.shape[1] <= length:
+            return padding
+        if torch.is_tensor(start):  # of a static cache; to read it would halt the device
+            return padding[:, start + torch.arange(length, device=padding.device)]
+        return padding[:, start : start + length] if padding.shape[1] >= start + length else padding[:, -length:]
+
     @property
     def is_plain(self) -> bool:
         """Whether the mask is just causal or bidirectional, with padding; packed sequences and prefixes are not."""

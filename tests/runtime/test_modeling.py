@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache, StaticCache
 from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
 
 from flexdistill.runtime.cache import FlexformerCacheLayer, cache_num_bytes
@@ -356,6 +356,27 @@ def test_step_by_step_logits_are_those_of_one_pass(name, near):
         assert cache.get_seq_length() == stop
     assert_close(torch.cat(pieces, dim=1), logits(model, ids, use_cache=False))
     assert all(isinstance(layer, FlexformerCacheLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_mask_may_be_longer_than_what_was_seen(name, cache_class):
+    """Loops of static shapes pass one mask of a fixed length, 0 where no token has come yet."""
+    model, ids = converted(name), tokens(20)
+    visible = torch.ones(2, 20, dtype=torch.long)
+    visible[1, :6] = 0
+    settings = {"max_cache_len": 32} if cache_class is StaticCache else {}
+    cache, pieces = cache_class(config=model.config, **settings), []
+    positions = (visible.cumsum(1) - 1).clamp_min(0)
+    for start, stop in ((0, 9), (9, 10), (10, 20)):
+        mask = torch.zeros(2, 32, dtype=torch.long)
+        mask[:, :stop] = visible[:, :stop]
+        part = slice(start, stop)
+        settings = dict(attention_mask=mask, position_ids=positions[:, part], past_key_values=cache)
+        pieces.append(logits(model, ids[:, part], **settings))
+    expected = logits(model, ids, attention_mask=visible, position_ids=positions, use_cache=False)
+    seen = visible.bool()
+    assert_close(torch.cat(pieces, dim=1)[seen], expected[seen])
 
 
 @every_generator
