@@ -87,6 +87,22 @@ def test_a_layer_gains_less_after_one_that_does_the_same(monkeypatch):
     assert chosen == {"a": pytest.approx(0.5), "lesser": pytest.approx(0.2)}
 
 
+def test_layers_that_gain_only_together_are_found(monkeypatch):
+    """The best single layer is given up for the second of a pair."""
+    model = student("llama")
+
+    def kl(student, choices, *arguments):
+        left = lambda choice: 1.0 - 0.3 * ("a" in choice) - 0.2 * ("b" in choice) - 0.5 * ({"b", "c"} <= choice)  # noqa: E731
+        return [left(set(choice)) for choice in choices]
+
+    monkeypatch.setattr("flexdistill.distillation.layer_selection.kl_with_softmax_in", kl)
+    monkeypatch.setattr(
+        "flexdistill.distillation.layer_selection.converted_modules", lambda model: dict.fromkeys(["a", "b", "c", "d"])
+    )
+    chosen = choose_layers(model, 2, sequences(), 3, Accelerator(cpu=True))
+    assert chosen == {"b": pytest.approx(0.2), "c": pytest.approx(0.5)}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("window", [0, 8])
 @pytest.mark.parametrize("layer", [0, 1])
