@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from .progress import is_main_process
+from .storage import as_json
 
 
 def show_plan(recipe: Any, as_json: bool) -> None:
@@ -52,4 +52,4 @@ def show_tasks(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 def print_json(value: Any) -> None:
     if is_main_process():
-        print(json.dumps(value, indent=2))
+        print(as_json(value))

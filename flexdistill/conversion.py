@@ -213,7 +213,10 @@ def _select(part: str, names: Sequence[str]) -> list[int]:
         return [index for index, name in enumerate(names) if fnmatchcase(name, part)]
     first, dash, last = part.partition("-")
     start = _natural(first)
-    return list(range(start, _natural(last if dash else first, least=start) + 1))
+    end = _natural(last if dash else first, least=start)
+    return list(
+        range(start, min(end, start + len(names)) + 1)
+    )  # beyond the model's layers, which is told, but no further
 
 
 def _natural(text: str, least: int = 0) -> int:

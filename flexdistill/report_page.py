@@ -30,7 +30,7 @@ from .runtime.feature_maps import FeatureMap
 from .runtime.registry import build_feature_map
 from .sources import load_model, load_tokenizer, resolve_model
 from .storage import expanded, write_whole
-from .tables import summary_lines
+from .tables import ratio, summary_lines
 
 # of a map, which a phone shows in half its width
 _MAP_TOKENS = 64
@@ -126,8 +126,8 @@ def _summary(metrics: dict[str, Any]) -> str:
     columns = ["model", "perplexity", "over teacher", "KL to teacher", "same top-1"]
     rows = []
     for row in metrics["rows"]:
-        ratio = row["perplexity"] / teacher if teacher else None
-        rows.append([row["name"], row["perplexity"], ratio, row["kl"], row["top1_agreement"]])
+        over = ratio(row["perplexity"], teacher)
+        rows.append([row["name"], row["perplexity"], over, row["kl"], row["top1_agreement"]])
     lines_ = "".join(f"<p>{html.escape(line)}</p>" for line in summary_lines(metrics))
     note = "Rows below the student are the student with parts of its attention taken away."
     return section("Teacher, student and ablations", f"{table(columns, rows)}<p class=quiet>{note}</p>{lines_}")

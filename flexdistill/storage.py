@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 from .errors import FlexdistillError
 
@@ -33,9 +35,22 @@ def write_whole(file: Path, text: str) -> None:
     sync(file.parent)
 
 
+def as_json(value: Any) -> str:
+    """JSON of figures; null where one is not finite, for which JSON has no word."""
+    return json.dumps(_finite(value), indent=2)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(file: Path, value: dict) -> None:
     """`write_whole` of a value as JSON."""
-    write_whole(file, json.dumps(value, indent=2) + "\n")
+    write_whole(file, as_json(value) + "\n")
 
 
 def sync(path: Path) -> None:

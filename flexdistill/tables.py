@@ -137,8 +137,7 @@ def comparison_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[A
                 continue
             own = row["name"] in ("teacher", "student")
             name = row["name"] if row["name"] == "teacher" else result["name"]
-            ratio = row["perplexity"] / teacher if teacher else None
-            figures = [row["perplexity"], ratio, row["kl"], row["top1_agreement"]]
+            figures = [row["perplexity"], ratio(row["perplexity"], teacher), row["kl"], row["top1_agreement"]]
             details = [None] * 4
             if row["name"] == "student":
                 layers = result["attention_kl"].values()
@@ -151,6 +150,11 @@ def comparison_table(comparison: dict[str, Any]) -> tuple[list[str], list[list[A
     return columns, rows
 
 
+def ratio(figure: float | None, teacher: float | None) -> float | None:
+    """None where one of them is not known or was not finite."""
+    return figure / teacher if figure is not None and teacher else None
+
+
 def positions_table(spans: dict[str, list[dict]]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of `positions.perplexity_by_position`, by the name of the model; the first is the teacher."""
     teacher, *students = spans
@@ -158,7 +162,7 @@ def positions_table(spans: dict[str, list[dict]]) -> tuple[list[str], list[list[
     rows = []
     for group in zip(*spans.values(), strict=True):
         expected, *others = (span["perplexity"] for span in group)
-        ratios = [perplexity / expected for perplexity in others]
+        ratios = [ratio(perplexity, expected) for perplexity in others]
         rows.append([f"{group[0]['from']:,} to {group[0]['to'] - 1:,}", expected, *others, *ratios])
     return columns, rows
 
