@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .progress import is_main_process
-from .storage import as_json
+from .storage import to_json
 
 
 def show_plan(recipe: Any, as_json: bool) -> None:
@@ -52,4 +52,4 @@ def show_tasks(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 def print_json(value: Any) -> None:
     if is_main_process():
-        print(as_json(value))
+        print(to_json(value))

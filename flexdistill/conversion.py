@@ -214,9 +214,8 @@ def _select(part: str, names: Sequence[str]) -> list[int]:
     first, dash, last = part.partition("-")
     start = _natural(first)
     end = _natural(last if dash else first, least=start)
-    return list(
-        range(start, min(end, start + len(names)) + 1)
-    )  # beyond the model's layers, which is told, but no further
+    # past the last layer, which is told, and no further
+    return list(range(start, min(end, start + len(names)) + 1))
 
 
 def _natural(text: str, least: int = 0) -> int:

@@ -101,7 +101,12 @@ def perplexity(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int,
             hidden = split.hidden(batch).flatten(0, 1)
             sums += _token_sums(split, hidden, split, hidden, batch)[:2]
     total, count = accelerator.reduce(sums, reduction="sum").tolist()
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+    return _exponential(total / count)
+
+
+def _exponential(nats: float) -> float:
+    """Infinite where `math.exp` raises."""
+    return float(torch.tensor(nats, dtype=torch.float64).exp())
 
 
 def _evaluate(modes: dict, sequences: torch.Tensor, batch_size: int, accelerator: Accelerator) -> tuple[list, float]:
@@ -254,7 +259,7 @@ def _row(name: str, sums: list[float], causal: bool) -> dict:
     loss, count, kl, agreement, positions = sums
     return {
         "name": name,
-        "perplexity": float(torch.tensor(loss / count, dtype=torch.float64).exp()) if causal else None,
+        "perplexity": _exponential(loss / count) if causal else None,
         "kl": kl / positions,
         "top1_agreement": agreement / positions,
     }

@@ -23,7 +23,7 @@ from .runs import ASIDE, REPLACED, put_back
 from .runtime.linear_attention import CHUNK
 from .runtime.modeling_flexformer import MODEL_TAGS
 from .sources import ModelSource, load_card
-from .storage import as_json, sync
+from .storage import sync, write_json
 
 
 def export(
@@ -53,7 +53,7 @@ def export(
                 weights.chmod((aside / "config.json").stat().st_mode)
             metrics["reload_max_logit_difference"] = _reload_difference(model, aside)
         (aside / "recipe.yaml").write_text(recipe.to_yaml())
-        (aside / "metrics.json").write_text(as_json(metrics) + "\n")
+        write_json(aside / "metrics.json", metrics)
         (aside / "README.md").write_text((card or model_card)(model, source, recipe, metrics))
         for log in logs:
             shutil.copyfile(log, aside / log.name)

@@ -22,7 +22,6 @@ from .errors import FlexdistillError
 from .mixture import TokenRows, turns_of
 from .packing import cut, pack, separator_of, split_held_out
 from .recipe import STAGES, Recipe
-from .recipe_stages import LoraRecipe
 from .repeats import repeat_spans
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
 from .token_cache import cache_folder, read_tokens
@@ -121,7 +120,7 @@ def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
             "logit_distillation.train to full or lora, or its steps to 0."
         )
     if logits.steps and logits.train == "lora":
-        check_adapters(model, logits.lora or LoraRecipe())
+        check_adapters(model, logits.lora)
     if labels.steps:
         check_labels(model, plan.converted, "set label_training.steps to 0")
     if recipe.tied_embeddings == "tied":

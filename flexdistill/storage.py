@@ -1,4 +1,4 @@
-"""Files that are whole or as they were, whenever the process or the machine stops."""
+"""Paths, JSON, and files that are whole or as they were, whenever the process or the machine stops."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_whole(file: Path, text: str) -> None:
     sync(file.parent)
 
 
-def as_json(value: Any) -> str:
+def to_json(value: Any) -> str:
     """JSON of figures; null where one is not finite, for which JSON has no word."""
     return json.dumps(_finite(value), indent=2)
 
@@ -50,7 +50,7 @@ def _finite(value: Any) -> Any:
 
 def write_json(file: Path, value: dict) -> None:
     """`write_whole` of a value as JSON."""
-    write_whole(file, as_json(value) + "\n")
+    write_whole(file, to_json(value) + "\n")
 
 
 def sync(path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from flexdistill.errors import FlexdistillError
-from flexdistill.storage import as_json, expanded, write_json
+from flexdistill.storage import expanded, to_json, write_json
 
 
 def test_json_has_no_word_for_what_is_not_finite(tmp_path):
@@ -14,7 +14,7 @@ def test_json_has_no_word_for_what_is_not_finite(tmp_path):
     def refused(word):
         raise AssertionError(word)
 
-    assert json.loads(as_json(value), parse_constant=refused) == expected
+    assert json.loads(to_json(value), parse_constant=refused) == expected
     write_json(tmp_path / "x.json", value)
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=refused) == expected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from accelerate import Accelerator
@@ -104,7 +105,7 @@ def choose_layers(
             break
         chosen, kl = best, least
     figures = measured([chosen[:number] for number in range(count + 1)])
-    return {name: before - after for name, before, after in zip(chosen, figures, figures[1:], strict=False)}
+    return {name: before - after for name, (before, after) in zip(chosen, pairwise(figures), strict=True)}
 
 
 def _best(choices: list[list[str]], measured: Callable[[list[list[str]]], list[float]]) -> tuple[list[str], float]:

@@ -52,7 +52,7 @@ class LogitDistillation(ModelStage):
         self.model, self._student = model, SplitModel(model)
         self._teacher = SplitModel(self._own_teacher) if self._own_teacher is not None else self._student
         if recipe.train == "lora":
-            add_adapters(model, recipe.lora or LoraRecipe())
+            add_adapters(model, recipe.lora)
         kernels = kernel_parameters(model)
         weights = {}
         if recipe.train == "full":
@@ -162,12 +162,13 @@ def next_tokens(sequences: torch.Tensor) -> torch.Tensor:
     return torch.cat([sequences[:, 1:], torch.full_like(sequences[:, :1], -100)], dim=1)
 
 
-def add_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> None:
+def add_adapters(model: PreTrainedModel, recipe: LoraRecipe | None) -> None:
     """Puts LoRA adapters beside the model's linear layers, not its kernels.
 
     Raises:
         FlexdistillError: if no layer fits the targets, or an adapted layer shares its weight with the input embedding.
     """
+    recipe = recipe or LoraRecipe()
     try:
         model.add_adapter(LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=recipe.target_modules))
     except (ValueError, TypeError, re.error) as error:
@@ -184,7 +185,7 @@ def add_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> None:
             )
 
 
-def check_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> None:
+def check_adapters(model: PreTrainedModel, recipe: LoraRecipe | None) -> None:
     """Raises FlexdistillError as `add_adapters` would, and leaves the model as it is."""
     with torch.device("meta"):
         shell = type(model)(copy.deepcopy(model.config))

@@ -62,13 +62,13 @@ def decode_kernel(
     valid = inside
     if MASKED:
         valid = inside & (tl.load(VISIBLE + batch, inside, 0) != 0)
-    norm = tl.load(NORM + head).to(tl.float32)
+    strength = tl.load(NORM + head).to(tl.float32)
     k_unit = 1.0
     if HYPERBOLIC:
         k_unit = tl.load(K_UNIT + head).to(tl.float32)
-        factor = NORM_UNIT * norm * k_unit * k_unit * LOG2E
+        factor = NORM_UNIT * strength * k_unit * k_unit * LOG2E
     else:
-        factor = tl.exp(-norm) * LOG2E
+        factor = tl.exp(-strength) * LOG2E
     k_w1, k_w2 = load_frequencies(K_W1, K_W2, head, D, N, k_unit, BLOCK_D, BLOCK_N, HYPERBOLIC, NONSTATIONARY, DTYPE)
     key = load_rows(K + kv_head * k_head, k_batch, batch, inside, 0, D, BLOCK_D).to(DTYPE)
     phase, modulation, norm, largest = key_phases(
@@ -81,20 +81,9 @@ def decode_kernel(
     # a token's own features are as of now; what the state keeps of earlier ones is less by a token's decay
     now = tl.zeros((ROWS,), tl.float32)
     k_a, k_b = features(
-        phase,
-        modulation,
-        shift,
-        K_AMPLITUDE,
-        head,
-        N,
-        DECAY_PARAMETER,
-        head,
-        now,
-        BLOCK_N,
-        HYPERBOLIC,
-        NONSTATIONARY,
-        False,
-    )
+        phase, modulation, shift, K_AMPLITUDE, head, N, DECAY_PARAMETER, head, now,
+        BLOCK_N, HYPERBOLIC, NONSTATIONARY, False,
+    )  # fmt: skip
     if DECAY:
         kept_a = kept_of_feature(DECAY_PARAMETER, head, 0, N, DECAY_UNIT, BLOCK_N)
         kept_b = kept_of_feature(DECAY_PARAMETER, head, 1, N, DECAY_UNIT, BLOCK_N)

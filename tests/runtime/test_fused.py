@@ -202,6 +202,17 @@ def test_state_carries_prefill_and_decoding(variant, component, window):
     assert relative_error(torch.cat(outputs, dim=2), expected) <= 2e-5
 
 
+def decoded_by_both(feature_map, batch, monkeypatch):
+    """What the twelfth token gets after a prefill of eleven, by the fused kernels and by torch."""
+    tensors, outputs = [x.detach() for x in query_key_value(12, batch=batch)], []
+    for name in ("triton", "torch"):
+        monkeypatch.setenv(VARIABLE, name)
+        with torch.no_grad():
+            _, memory = attend(feature_map, *(x[:, :, :11] for x in tensors), scaling=SCALING)
+            outputs.append(attend(feature_map, *(x[:, :, 11:] for x in tensors), scaling=SCALING, memory=memory)[0])
+    return outputs
+
+
 @pytest.mark.parametrize("together", [1, 2, 16])
 @pytest.mark.parametrize(
     ("variant", "component"), [("nonstationary+decay", "hyperbolic"), ("stationary", "trigonometric")]
@@ -213,18 +224,7 @@ def test_sequences_decoded_together(variant, component, together, monkeypatch):
     feature_map = kernel(variant, component, key_heads="kv")
     if feature_map.measures:  # units other than 1
         feature_map.calibrate(torch.linspace(15, 50, HEADS + KV_HEADS))
-    query, key, value = (x.detach() for x in query_key_value(12, batch=5))
-    outputs = []
-    for name in ("triton", "torch"):
-        monkeypatch.setenv(VARIABLE, name)
-        memory, token = None, slice(11, 12)
-        with torch.no_grad():
-            _, memory = attend(feature_map, *(x[:, :, :11] for x in (query, key, value)), scaling=SCALING)
-            output, _ = attend(
-                feature_map, *(x[:, :, token] for x in (query, key, value)), scaling=SCALING, memory=memory
-            )
-        outputs.append(output)
-    assert relative_error(*outputs) <= 2e-5
+    assert relative_error(*decoded_by_both(feature_map, 5, monkeypatch)) <= 2e-5
 
 
 @pytest.mark.parametrize(
@@ -241,17 +241,7 @@ def test_two_programs_per_processor_decode(state_heads, batch, expected):
 )
 def test_half_precision_maps_decode(variant, component, monkeypatch):
     feature_map = kernel(variant, component, tied=True).bfloat16()
-    query, key, value = (x.detach() for x in query_key_value(12))
-    outputs = []
-    for name in ("triton", "torch"):
-        monkeypatch.setenv(VARIABLE, name)
-        with torch.no_grad():
-            _, memory = attend(feature_map, *(x[:, :, :11] for x in (query, key, value)), scaling=SCALING)
-            output, _ = attend(
-                feature_map, *(x[:, :, 11:] for x in (query, key, value)), scaling=SCALING, memory=memory
-            )
-        outputs.append(output)
-    assert relative_error(*outputs) <= 2e-5
+    assert relative_error(*decoded_by_both(feature_map, 2, monkeypatch)) <= 2e-5
 
 
 def test_memory_with_gradients_is_torchs():
