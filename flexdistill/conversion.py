@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 import transformers
@@ -15,6 +14,7 @@ from .attention_modes import AttentionCall
 from .attention_search import attention_calls, evaluating, reason_to_keep
 from .devices import exact_float32
 from .errors import FlexdistillError
+from .layer_expressions import select_layers
 from .recipe import KernelRecipe
 from .rotary_search import RotaryEmbedding, rotary_embeddings
 from .runtime.configuration_flexformer import FlexformerConfigMixin, KernelSpec
@@ -175,54 +175,6 @@ def restore_softmax(model: PreTrainedModel, kl_gains: dict[str, float]) -> None:
         delattr(model.base_model.get_submodule(name), NAME)
         del layers[name]
     model.config.flexformer = {"layers": layers, "kept_softmax": dict(kl_gains)}
-
-
-def select_layers(expression: str, names: Sequence[str]) -> list[int]:
-    """Indices among `names`, the convertible modules, that an expression means.
-
-    Its parts, between commas, are `all`, indices such as `3` and `0-5`, `every:4` (0, 4, 8, ...), or patterns of names
-    such as `decoder.*`.
-
-    Raises:
-        FlexdistillError: if the expression is of another form, or a part means no or missing layers.
-    """
-    count, chosen = len(names), set()
-    for part in expression.split(","):
-        try:
-            found = _select(part, names)
-        except ValueError as error:
-            raise FlexdistillError(
-                f"Layers {expression!r} cannot be read; write all, indices such as 0-5,9 or every:4, or patterns of "
-                f"names such as {names[0]}."
-            ) from error
-        if not found or max(found) >= count:
-            raise FlexdistillError(
-                f"Layers {expression!r} are not all there; the model has layers 0 to {count - 1}, of which the first "
-                f"is {names[0]}."
-            )
-        chosen.update(found)
-    return sorted(chosen)
-
-
-def _select(part: str, names: Sequence[str]) -> list[int]:
-    if part == "all":
-        return list(range(len(names)))
-    if part.startswith("every:"):
-        return list(range(0, len(names), _natural(part.removeprefix("every:"), least=1)))
-    if "*" in part or ("." in part and not part.replace(".", "").isdigit()):
-        return [index for index, name in enumerate(names) if fnmatchcase(name, part)]
-    first, dash, last = part.partition("-")
-    start = _natural(first)
-    end = _natural(last if dash else first, least=start)
-    # past the last layer, which is told, and no further
-    return list(range(start, min(end, start + len(names)) + 1))
-
-
-def _natural(text: str, least: int = 0) -> int:
-    number = int(text)
-    if number < least:
-        raise ValueError(text)
-    return number
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -21,7 +21,8 @@ RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
 LAYERS = [
     {"errors"},
     {"recipe", "recipe_sections", "recipe_stages", "runtime", "progress", "losses", "storage"},
-    {"attention_modes", "data", "devices", "example_inputs", "loading", "packing", "repeats", "sources", "tables"},
+    {"attention_modes", "data", "devices", "example_inputs", "layer_expressions", "loading"}
+    | {"packing", "repeats", "sources", "tables"},
     {"attention_search", "conversion", "distillation", "mixture", "rotary_search"}
     | {"self_test", "token_cache", "tracking"},
     {"evaluation", "export", "harness", "hub", "inputs", "plots", "report_figures", "report_html", "runs", "scoring"},
