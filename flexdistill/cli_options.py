@@ -67,7 +67,7 @@ Component = Annotated[str | None, kernel_option(help="Component function; `flexd
 Matrix = Annotated[str | None, kernel_option(help="Frequencies of spectraformer, such as orf.")]
 Features = Annotated[int | None, kernel_option(help="Frequencies n per head; a map has 2 n features.")]
 Window = Annotated[int | None, kernel_option(help="Tokens that keep exact softmax attention; 0: none.")]
-Sinks = Annotated[int | None, kernel_option(help="First tokens that stay exact beside --window; else 4.")]
+Sinks = Annotated[int | None, kernel_option(help="First tokens that stay exact beside --window; else none.")]
 Decay = Annotated[bool | None, kernel_option("--decay/--no-decay", help="Features forget at learned rates, or never.")]
 LongestWavelength = Annotated[
     int | None, kernel_option(metavar="TOKENS", help="Of the rotary embedding that kernels see; 0: none of it.")

@@ -107,9 +107,15 @@ def resolve_kernel(kernel: KernelRecipe) -> KernelRecipe:
         raise FlexdistillError(
             f"Variant {kernel.variant!r} has as many features as the head size gives; leave kernel.features out."
         )
+    if kernel.frequency_scale and feature_map.frequency_scale is None:
+        name = f"Component {component!r}" if component else f"Variant {kernel.variant!r}"
+        raise FlexdistillError(f"{name} starts with frequencies of one size; leave kernel.frequency_scale out.")
+    scale = kernel.frequency_scale or feature_map.frequency_scale
     tied = feature_map.tied_by_default if kernel.tied is None else kernel.tied
-    sinks = kernel.num_sinks if kernel.window else None
-    return kernel.model_copy(update={"component": component, "matrix": matrix, "tied": tied, "sinks": sinks})
+    sinks = kernel.num_sinks if kernel.window else None  # one recipe, however it was written
+    return kernel.model_copy(
+        update={"component": component, "matrix": matrix, "frequency_scale": scale, "tied": tied, "sinks": sinks}
+    )
 
 
 def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
@@ -267,6 +273,7 @@ def _module_plan(
         rotary=None if rotary is None else rotary.layout,
         rotary_dim=0 if rotary is None else 2 * len(rotary.wavelengths),
         rotary_pairs=pairs,
+        frequency_scale=kernel.frequency_scale,
     )
     try:
         with torch.device("meta"):

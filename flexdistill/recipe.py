@@ -165,9 +165,10 @@ _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "evaluation.source": (("config", "split", "column"), lambda source: True),
     "kernel.window": (("sinks",), lambda window: not window),
     "kernel.variant": (
-        ("component", "matrix", "horizon", "tied", "decay", "longest_wavelength"),
+        ("component", "matrix", "horizon", "frequency_scale", "tied", "decay", "longest_wavelength"),
         lambda variant: True,
     ),
+    "kernel.component": (("frequency_scale",), lambda component: True),
     **{
         f"{stage}.{name}": ((other,), lambda value: value is not None)
         for stage in STAGES

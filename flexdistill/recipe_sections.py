@@ -61,6 +61,13 @@ class KernelRecipe(Section):
     horizon: int | None = Field(
         None, ge=1, description="tokens after which cosFormer's kernel ends; null: the model's positions"
     )
+    frequency_scale: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        allow_inf_nan=False,
+        description="size of a fresh kernel's frequencies, 1 where they estimate softmax; null: the variant's default",
+    )
     decay: bool | None = Field(
         None,
         description="features of causal layers forget at learned rates; null: only where the variant's default says so",
@@ -77,7 +84,7 @@ class KernelRecipe(Section):
     )
     window: int = Field(0, ge=0, description="tokens that keep exact softmax attention; 0: purely linear")
     sinks: int | None = Field(
-        None, ge=0, description="first tokens of a sequence that keep it beside the window; null: 4 where there is one"
+        None, ge=0, description="first tokens of a sequence that keep it beside the window; null: none"
     )
     layers: str = Field("all", description="layers to convert: all, indices such as 0-5,9, every:4, or name patterns")
     keep_layers: str | None = Field(None, description="layers that stay softmax, written as `layers`")
@@ -87,8 +94,8 @@ class KernelRecipe(Section):
 
     @property
     def num_sinks(self) -> int:
-        """Sinks beside the window; four are as many as Xiao et al. (2023, arXiv:2309.17453) found to be needed."""
-        return (4 if self.window else 0) if self.sinks is None else self.sinks
+        """Sinks beside the window."""
+        return self.sinks or 0
 
     @property
     def near(self) -> str:

@@ -328,7 +328,7 @@ def test_only_the_first_process_prints(run, converted, monkeypatch, variable):
 
 
 def test_inspect_collapses_equal_layers(run, models):
-    result = run("inspect", str(models / "llama"), "--window", "8", "--key-heads", "kv")
+    result = run("inspect", str(models / "llama"), "--window", "8", "--sinks", "4", "--key-heads", "kv")
     assert "nonstationary hyperbolic, features that decay, softmax window of 8 tokens and 4 sinks. Adds" in result.out
     assert result.code == 0
     assert "layers.{0..1}.self_attn" in result.out

@@ -212,7 +212,7 @@ def test_entries(sources):
 BAD_INPUT = {
     "nonsense": "Unknown variant 'nonsense'",
     "hedgehog,hedgehog": "hedgehog, no window is compared with itself",
-    "hedgehog:window=32": "window of 32 tokens and 4 sinks cover sequences of 32",
+    "hedgehog:window=32": "window of 32 tokens covers sequences of 32",
     "hedgehog:windw=3": "did you mean 'window'?",
     "hedgehog:sinks=2": "hedgehog:sinks=2, no window: ",
     "hedgehog:tied=[": "the value of tied is not valid YAML",

@@ -205,11 +205,12 @@ def test_unknown_kernels_are_errors():
 
 
 def test_defaults_of_a_kernel_are_filled_in():
-    assert resolve_kernel(KernelRecipe()).model_dump() == KernelRecipe(component="hyperbolic", tied=False).model_dump()
+    expected = KernelRecipe(component="hyperbolic", frequency_scale=0.25, tied=False)
+    assert resolve_kernel(KernelRecipe()).model_dump() == expected.model_dump()
     assert resolve_kernel(KernelRecipe(component="trigonometric")).tied is True
     assert resolve_kernel(KernelRecipe(component="trigonometric", tied=False)).tied is False
     assert resolve_kernel(KernelRecipe(variant="hedgehog")).component is None
-    assert [resolve_kernel(KernelRecipe(window=8, sinks=sinks)).sinks for sinks in (None, 0, 2)] == [4, 0, 2]
+    assert [resolve_kernel(KernelRecipe(window=8, sinks=sinks)).sinks for sinks in (None, 0, 2)] == [0, 0, 2]
 
 
 def test_defaults_of_the_grid_are_filled_in():
@@ -228,6 +229,21 @@ def test_the_matrix_is_in_the_spec():
     plan = make_plan(tiny_llama(), KernelRecipe(variant="spectraformer", component="posrf", matrix="orf"))
     assert {module.spec.matrix for module in plan.modules} == {"orf"}
     assert {module.spec.to_dict()["horizon"] for module in plan.modules} == {None}
+
+
+def test_frequencies_start_as_large_as_the_recipe_says():
+    torch.manual_seed(0)
+    spreads = {}
+    for given in (None, 0.5):
+        student = apply_plan(tiny_llama(), make_plan(tiny_llama(), KernelRecipe(features=64, frequency_scale=given)))
+        found = [x for name, x in student.named_parameters() if name.endswith("query_parameters.w1")]
+        spreads[given] = float(torch.stack(found).detach().std()) * found[0].shape[-2] ** 0.25
+    assert spreads[None] == pytest.approx(0.25, rel=0.05) and spreads[0.5] == pytest.approx(0.5, rel=0.05)
+    refused = "starts with frequencies of one size; leave kernel.frequency_scale out."
+    with pytest.raises(FlexdistillError, match=f"Variant 'hedgehog' {refused}"):
+        make_plan(tiny_llama(), KernelRecipe(variant="hedgehog", frequency_scale=0.5))
+    with pytest.raises(FlexdistillError, match=f"Component 'trigonometric' {refused}"):
+        make_plan(tiny_llama(), KernelRecipe(component="trigonometric", frequency_scale=0.5))
 
 
 def test_a_horizon_is_the_models_positions_unless_given(monkeypatch):

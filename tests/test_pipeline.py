@@ -148,7 +148,8 @@ def test_metrics(results, sources, name):
 def test_recipe_and_card(results, sources, name):
     folder, metrics = results[name]
     recipe = Recipe.load(folder / "recipe.yaml")
-    expected = make_recipe(sources, name, **{"kernel.component": "hyperbolic", "kernel.tied": False})
+    resolved = {"kernel.component": "hyperbolic", "kernel.frequency_scale": 0.25, "kernel.tied": False}
+    expected = make_recipe(sources, name, **resolved)
     assert recipe == expected
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and recipe.to_yaml().strip() in card
@@ -390,7 +391,7 @@ def test_another_teacher_is_refused(results, sources):
 
 BAD_INPUT = {
     "seed": (-1, "seed: Input should be greater than or equal to 0"),
-    "kernel.window": (32, "window of 32 tokens and 4 sinks cover sequences of 32"),
+    "kernel.window": (32, "window of 32 tokens covers sequences of 32"),
     "kernel.variant": ("nonsense", "Unknown variant 'nonsense'"),
     "kernel.matrix": ("orf", "Variant 'nonstationary' has no matrix 'orf'; leave the matrix out."),
     "kernel.horizon": (16, "Variant 'nonstationary' needs no horizon"),

@@ -152,9 +152,9 @@ def test_sinks_go_with_the_window():
     recipe = Recipe().override({"kernel.window": 64, "kernel.sinks": 4})
     assert recipe.override({"kernel.window": 32}).kernel.sinks == 4
     assert recipe.override({"kernel.window": 0}).kernel.sinks is None
-    assert [Recipe().override({"kernel.window": window}).kernel.num_sinks for window in (0, 64)] == [0, 4]
-    none = recipe.override({"kernel.sinks": 0}).kernel
-    assert (none.num_sinks, none.near) == (0, "softmax window of 64 tokens")
+    assert recipe.kernel.near == "softmax window of 64 tokens and 4 sinks"
+    for none in (recipe.override({"kernel.sinks": 0}), Recipe().override({"kernel.window": 64})):
+        assert (none.kernel.num_sinks, none.kernel.near) == (0, "softmax window of 64 tokens")
 
 
 def test_a_text_replaces_a_mixture_and_the_reverse():
@@ -200,3 +200,10 @@ def test_one_setting_of_the_micro_batch_size_replaces_the_other():
     memory = sizes.override({"attention_transfer.max_memory": "1GiB"})
     assert memory.attention_transfer.micro_batch_size is None
     assert memory.override({"attention_transfer.micro_batch_size": 4}).attention_transfer.max_memory is None
+
+
+@pytest.mark.parametrize("setting", [{"kernel.component": "trigonometric"}, {"kernel.variant": "hedgehog"}])
+def test_another_kernel_forgets_the_scale_of_frequencies(setting):
+    recipe = Recipe().override({"kernel.frequency_scale": 0.5})
+    assert recipe.override(setting).kernel.frequency_scale is None
+    assert recipe.override(setting | {"kernel.frequency_scale": 0.3}).kernel.frequency_scale == 0.3

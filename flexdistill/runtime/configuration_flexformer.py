@@ -24,6 +24,8 @@ class KernelSpec:
         causal: whether a query sees earlier positions only.
         matrix: frequencies of random features, such as "orf"; None where a variant has no choice.
         horizon: tokens after which a kernel of distances ends; None where it has none.
+        frequency_scale: size of frequencies as a fresh kernel draws them, over that at which features estimate the
+            softmax kernel; None where a variant has no choice, and for its default.
         decay: each feature forgets at a learned rate, so that some serve near keys and some distant ones.
         sinks: first tokens of a sequence that keep exact softmax attention beside the window; 0 where there is none.
         rotary: how the module's rotary embedding pairs coordinates, where the kernel sees queries and keys without it
@@ -49,6 +51,7 @@ class KernelSpec:
     rotary: str | None = None
     rotary_dim: int = 0
     rotary_pairs: int = 0
+    frequency_scale: float | None = None
 
     @property
     def num_state_heads(self) -> int:

@@ -96,6 +96,7 @@ class FeatureMap(nn.Module):
     calibrated = True  # log scales approximate the softmax logits, so window and kernel weigh in on one scale
     causal_safe = True  # a token's features depend on no later token
     takes_frequencies = True  # the number of features can be chosen; else it follows from the head size
+    frequency_scale: float | None = None  # of the first frequencies, where they can be chosen
     has_horizon = False  # distances have an end, which the spec names
     measures = False  # before training, `calibrate` is given what `measure` finds in training data
     matrices: tuple[str, ...] = ()  # matrices of frequencies to choose from, the default first

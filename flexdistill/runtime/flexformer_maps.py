@@ -71,6 +71,9 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
 
     decays_by_default = True
     measures = True
+    # of the standard deviation at which exp(W x) estimates the softmax kernel: that starts flatter, and learns faster,
+    # than a half or all of it; trained for long, a half ends better
+    frequency_scale = 0.25
     # mean length of queries or keys from which on they are made shorter
     _LARGEST_LENGTH = 20.0
 
@@ -87,9 +90,8 @@ class HyperbolicFeatureMap(FlexformerFeatureMap):
         init.ones_(self.query_unit)
         init.ones_(self.key_unit)
         parameters = self.query_parameters
-        # a quarter of the standard deviation at which exp(W x) estimates the softmax kernel: that starts flatter, and
-        # learns faster, than a half or all of it
-        init.normal_(parameters["w1"], std=0.25 * self.spec.head_dim**-0.25)
+        scale = self.spec.frequency_scale or self.frequency_scale
+        init.normal_(parameters["w1"], std=scale * self.spec.head_dim**-0.25)
         if self.nonstationary:
             init.normal_(parameters["w2"], std=0.02)
         init.zeros_(parameters["log_amplitude"])
