@@ -56,7 +56,7 @@ from .cli_options import (
 )
 from .cli_output import print_json, show_metrics, show_plan
 from .cli_scratch import init, train
-from .errors import FlexdistillError, RunInterrupted, long_names
+from .errors import FlexdistillError, RunInterrupted, long_names, too_little_memory
 from .progress import is_main_process
 
 app = typer.Typer(
@@ -318,7 +318,7 @@ def main() -> None:
     A run that a signal stopped says how to go on and exits with 128 + the signal's number.
     """
     try:
-        with long_names():
+        with too_little_memory(), long_names():
             app(prog_name="flexdistill")
     except Exception as error:
         if os.environ.get("FLEXDISTILL_DEBUG") == "1" or not _is_for_users(error):

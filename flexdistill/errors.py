@@ -73,6 +73,23 @@ def long_names() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def too_little_memory() -> Iterator[None]:
+    """What allocators raise, of this machine's memory or of a GPU's, becomes a FlexdistillError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # a GPU's is a RuntimeError
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        asked = re.search(r"allocate (\d[\d.]* \w+)", str(error))
+        amount = f"{asked[1]} were asked for at once" if asked else "an array did not fit"
+        raise FlexdistillError(
+            f"Memory is too small ({amount}); set fewer steps or kernel.features, a smaller --micro-batch-size or "
+            "--sequence-length, or a smaller model."
+        ) from error
+
+
+@contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """A full or read-only disk, or an impossible path, while writing below `path` becomes a FlexdistillError."""
     try:

@@ -8,11 +8,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 import yaml
 
 from flexdistill import pipeline, plots
 from flexdistill.cli import app
+from flexdistill.errors import FlexdistillError, too_little_memory
 from flexdistill.progress import stage_progress
 from flexdistill.recipe import Recipe, shipped_recipes
 from flexdistill.runtime.registry import kernels
@@ -211,6 +213,19 @@ def test_errors_are_one_line_and_exit_code_2(run, arguments, message):
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("Error: ") and result.err.count("\n") == 1
     assert message in result.err
+
+
+def test_too_little_memory_is_an_error_of_one_line(run, models):
+    arguments = ["--variants", "hedgehog", "--data", "sample", "--budget", "1" + 17 * "0"]
+    result = run("compare", str(models / "gpt2"), *arguments)
+    assert (result.code, result.out) == (2, "")
+    *_, last = result.err.strip().split("\n")
+    assert last.startswith("Error: Memory is too small (") and "bytes were asked for at once); set fewer" in last
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")):
+        with pytest.raises(FlexdistillError, match="Memory is too small"), too_little_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="other"), too_little_memory():
+        raise RuntimeError("other")
 
 
 def test_a_backend_that_does_not_exist_is_an_error_of_one_line(run, monkeypatch):

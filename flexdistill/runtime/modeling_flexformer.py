@@ -5,6 +5,8 @@ Weights keep the base model's names; those of feature maps end in `.flexformer.*
 imports are copied into every checkpoint, where they need torch and transformers only.
 """
 
+import copy
+
 import torch
 import transformers
 from torch import nn
@@ -20,6 +22,8 @@ from .registry import build_feature_map
 
 _PREFIX = "Flexformer"
 MODEL_TAGS = ("flexformer", "linear-attention")  # of the model card that push_to_hub writes
+# what a source's generation settings may ask for and a state cannot serve, as it forgets no single tokens
+_ASSISTED = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _classes: dict[str, type] = {}
 
 
@@ -135,7 +139,10 @@ def convert_model(model: PreTrainedModel, specs: dict[str, KernelSpec]) -> PreTr
             module.reset_parameters()
     converted.tie_weights()
     if model.can_generate():
-        converted.generation_config = model.generation_config
+        converted.generation_config = copy.deepcopy(model.generation_config)
+        for name in _ASSISTED:
+            if getattr(converted.generation_config, name, None):
+                setattr(converted.generation_config, name, None)
     return converted.train(model.training)
 
 

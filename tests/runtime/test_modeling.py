@@ -569,6 +569,15 @@ def test_cropping_is_refused(name):
 
 
 @every_generator
+def test_a_source_may_ask_for_assisted_decoding(name):
+    source = MAKERS[name]()
+    source.generation_config.prompt_lookup_num_tokens = 2
+    model = convert_model(source, specs(name))
+    assert generate(model, tokens(10, batch=1), 5).shape == (1, 15)
+    assert source.generation_config.prompt_lookup_num_tokens == 2
+
+
+@every_generator
 def test_softmax_mode_keeps_its_own_cache(name):
     model, teacher = converted(name), sharpened(MAKERS[name]())
     model.set_attn_implementation("sdpa")
