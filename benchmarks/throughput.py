@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flexdistill.attention_modes import softmax_mode
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator
+from flexdistill.distillation.reduction import Gradients
 from flexdistill.pipeline import STAGE_CLASSES
 from flexdistill.recipe import STAGES, Recipe
 from flexdistill.tables import print_table
@@ -90,11 +91,12 @@ def measure(arguments: argparse.Namespace, decay: bool, compile: bool) -> dict:
     for name in ("attention_transfer", "logit_distillation"):
         stage = STAGE_CLASSES[name](student, getattr(recipe, name), accelerator)
 
-        def step(stage=stage):
-            stage.optimizer.zero_grad(set_to_none=True)
+        gradients = Gradients(stage.trained().values(), accelerator)
+
+        def step(stage=stage, gradients=gradients):
+            gradients.zero()
             stage.backward(tokens)
-            for group in stage.clip_groups:
-                torch.nn.utils.clip_grad_norm_(group, 1.0)
+            gradients.clip(stage.clip_groups, 1.0)
             stage.optimizer.step()
 
         with stage.active():

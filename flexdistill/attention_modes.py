@@ -121,6 +121,8 @@ class AttentionCall:
 def attention_function(model: PreTrainedModel, function: Callable[[AttentionCall], torch.Tensor]) -> Iterator[None]:
     """Every attention module of `model` calls `function`, which gives its output (B, T, H, D), inside the context."""
 
+    # not part of what is compiled around it: it may differentiate, and compile parts of its own
+    @torch.compiler.disable
     def attend(module, query, key, value, attention_mask=None, **arguments):
         rotation = arguments.pop(ROTATION_ARGUMENT, None)
         return function(AttentionCall(module, query, key, value, attention_mask, arguments, rotation)), None

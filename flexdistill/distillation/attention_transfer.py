@@ -49,7 +49,7 @@ class AttentionTransfer:
         self.scaler = torch.amp.GradScaler(enabled=False)  # kernels are differentiated in float32 alone
         self.states = {}
         self._compare = maybe_compiled(self._compare_rows, recipe.compile)
-        self._losses: list[tuple[str, StepLosses]] = []  # a module that several layers share comes several times
+        self._losses: list[tuple[str, StepLosses]] = []
 
     def trained(self) -> dict[str, nn.Parameter]:
         return kernel_parameters(self.model)
@@ -69,13 +69,20 @@ class AttentionTransfer:
         self._losses = []
         with torch.no_grad(), self.accelerator.autocast():
             run_base_model(self.model, sequences)
-        losses = [loss for _, loss in self._losses]
-        total = sum(loss.total for loss in losses)
-        parts = {name: sum(loss.parts[name] for loss in losses) / len(losses) for name in losses[0].parts}
-        for layer in dict(self._losses):
-            kls = [loss.parts["attention_kl"] for name, loss in self._losses if name == layer]
-            parts[f"attention_kl/{layer}"] = sum(kls) / len(kls)
-        return StepLosses(total / len(losses), losses[0].count, parts)
+        names = list(self._losses[0][1].parts)
+        # together, because a launch for each layer's scalars would take longer than all of them do
+        figures = [figure for _, loss in self._losses for figure in (loss.total, *loss.parts.values())]
+        figures = torch.stack(figures).unflatten(0, (len(self._losses), -1))
+        total, *means = figures.mean(0).unbind()
+        parts = dict(zip(names, means, strict=True))
+        kls: dict[str, list[torch.Tensor]] = {}
+        for (layer, _), kl in zip(self._losses, figures[:, 1 + names.index("attention_kl")].unbind(), strict=True):
+            kls.setdefault(layer, []).append(kl)
+        # a module that several layers share comes several times
+        parts |= {
+            f"attention_kl/{layer}": own[0] if len(own) == 1 else sum(own) / len(own) for layer, own in kls.items()
+        }
+        return StepLosses(total, self._losses[0][1].count, parts)
 
     def blame(self, sequences: torch.Tensor) -> str:
         self.backward(sequences)
@@ -85,7 +92,6 @@ class AttentionTransfer:
     def finish(self) -> None:
         """Nothing is left to do: kernels are trained in place."""
 
-    @torch.compiler.disable  # layers may be compiled around it, and what it differentiates on its own
     def _attend(self, call: AttentionCall) -> torch.Tensor:
         if call.feature_map is None:
             return call.softmax()

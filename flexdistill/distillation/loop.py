@@ -103,9 +103,9 @@ def run_stage(
             if checkpoints is not None:
                 checkpoints.agree()
             # the step's one wait for the device
-            figures = [step_losses.total, *step_losses.parts.values()]
-            figures = [figure / step_losses.count for figure in figures]
-            loss, *parts, norm, size = torch.stack([*figures, norm.double(), micro_batches.agree().double()]).tolist()
+            figures = torch.stack([step_losses.total, *step_losses.parts.values()]) / step_losses.count
+            numbers = torch.stack([norm.double(), micro_batches.agree().double()])
+            loss, *parts, norm, size = torch.cat([figures, numbers]).tolist()
             micro_batches.follow(int(size))
             overflowed = stage.scaler.is_enabled() and not math.isfinite(norm) and stage.scaler.get_scale() > 1
             if not math.isfinite(loss) or not (math.isfinite(norm) or overflowed):

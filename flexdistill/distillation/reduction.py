@@ -66,14 +66,28 @@ class Gradients:
 
     def clip(self, groups: list[list[nn.Parameter]], norm: float) -> torch.Tensor:
         """Scales each group down to a norm of at most `norm`; returns the norm of all of them before, a scalar."""
-        norms = [torch.nn.utils.clip_grad_norm_(group, norm) for group in groups]
-        return torch.stack([whole_tensor(each).to(self._device) for each in norms]).square().sum().sqrt()
+        if len(groups) > 1 and not self.are_sharded and len({len(group) for group in groups}) == 1:
+            norms = _clip_alike([[parameter.grad for parameter in group] for group in groups], norm)
+        else:
+            norms = torch.stack(
+                [whole_tensor(torch.nn.utils.clip_grad_norm_(group, norm)).to(self._device) for group in groups]
+            )
+        return norms.norm()
 
     def release(self) -> None:
         """Frees the memory."""
         self._buffers = []
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def _clip_alike(groups: list[list[torch.Tensor]], norm: float) -> torch.Tensor:
+    """What `clip_grad_norm_` does to each of G groups of as many gradients: their norms (G,), in few launches."""
+    each = torch._foreach_norm([gradient for group in groups for gradient in group])
+    norms = torch.stack(each).unflatten(0, (len(groups), -1)).norm(dim=1)
+    for group, factor in zip(groups, (norm / (norms + 1e-6)).clamp_max(1.0), strict=True):
+        torch._foreach_mul_(group, factor)
+    return norms
 
 
 class LossReduction:
@@ -90,8 +104,9 @@ class LossReduction:
             self._names = self._agree(losses) if several else list(losses.parts)
         sums = torch.zeros(2 + len(self._names), dtype=torch.float64, device=self._accelerator.device)
         if losses is not None:
-            values = [losses.total, losses.count, *(losses.parts[name] for name in self._names)]
-            sums += torch.stack([torch.as_tensor(value, device=sums.device).double() for value in values])
+            figures = [losses.total, *(losses.parts[name] for name in self._names)]
+            figures = torch.stack([torch.as_tensor(figure, device=sums.device) for figure in figures]).double()
+            sums += torch.cat([figures[:1], torch.as_tensor(losses.count, device=sums.device)[None], figures[1:]])
         if several:
             torch.distributed.all_reduce(sums)
         total, count, *parts = sums.unbind()
