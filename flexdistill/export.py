@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ def model_card(model: PreTrainedModel, source: ModelSource, recipe: Recipe, metr
             f"Converted from `{source.name}` by flexdistill: softmax attention became linear attention",
             f"({paper}), whose state has a constant size.",
             f"Kernel: {name}, {kernel.near}.",
-            *_kept_softmax(metrics["kept_softmax"]),
+            *_kept_softmax(metrics["kept_softmax"], recipe),
             "",
             "## Results",
             "",
@@ -194,7 +195,7 @@ def _front_matter(model: PreTrainedModel, source: ModelSource, recipe: Recipe, m
                 metric_value=value,
             )
             for metric, (name, value) in figures.items()
-            if value is not None
+            if value is not None and math.isfinite(value)
         ],
     )
 
@@ -207,13 +208,14 @@ def _evaluated_on(recipe: Recipe) -> str:
     return recipe.evaluation.source or f"{recipe.data.name} (held out)"
 
 
-def _kept_softmax(kl_gains: dict[str, float]) -> list[str]:
+def _kept_softmax(kl_gains: dict[str, float], recipe: Recipe) -> list[str]:
     if not kl_gains:
         return []
     layers = ", ".join(f"`{name}` ({gain:.4g})" for name, gain in kl_gains.items())
+    tokens = "tokens that repeat earlier ones" if recipe.data.repeats else "all tokens"
     return [
-        "Softmax attention and its KV cache stay where they lower the KL to the teacher most (arXiv:2512.20569);",
-        f"in nats per token, before logit distillation, and each given those before it: {layers}.",
+        "Softmax attention and its KV cache stay where they lower the KL to the teacher most (arXiv:2512.20569), of",
+        f"{tokens}; in nats per token, before logit distillation, and each given those before it: {layers}.",
     ]
 
 

@@ -22,6 +22,7 @@ from flexdistill.errors import FlexdistillError, NonFiniteLossError
 from flexdistill.evaluation import evaluate_checkpoint, load_converted
 from flexdistill.pipeline import convert
 from flexdistill.recipe import EvaluationRecipe, KernelRecipe, Recipe
+from flexdistill.sources import resolve_model
 from tests.conversions import SHORT, Interrupted, assert_same_weights, listing, make_recipe, weights
 from tests.distillation.stages import log_entries, teacher
 from tests.forked import together
@@ -161,6 +162,15 @@ def test_recipe_and_card(results, sources, name):
     assert len(front.eval_results) == (2 if name == "bert" else 3)
     perplexity = "" if name == "bert" else f"{metrics['student']['perplexity']:.2f}"
     assert f"| student | {perplexity} | {metrics['student']['kl']:.4f} |" in card
+
+
+def test_the_card_leaves_out_figures_that_are_not_finite(results, sources):
+    folder, metrics = results["llama"]
+    recipe, model = Recipe.load(folder / "recipe.yaml"), AutoModelForCausalLM.from_pretrained(folder)
+    model._auto_class = "AutoModelForCausalLM"
+    infinite = metrics | {"student": metrics["student"] | {"perplexity": math.inf}}
+    front = ModelCard(export_module.model_card(model, resolve_model(recipe.model), recipe, infinite)).data
+    assert [result.metric_type for result in front.eval_results] == ["kl_divergence", "accuracy"]
 
 
 @every_model
@@ -572,7 +582,10 @@ def test_layers_stay_softmax(sources, tmp_path, name, logit_steps):
     assert metrics["plan"]["converted"] == metrics["plan"]["kept"] == 1
     config = json.loads((tmp_path / "out" / "config.json").read_text())["flexformer"]
     assert config["kept_softmax"] == {kept: gain} and list(config["layers"]) == list(metrics["attention_kl"]) != [kept]
-    assert f"`{kept}` ({gain:.4g})" in (tmp_path / "out" / "README.md").read_text()
+    assert f"all tokens; in nats per token, before logit distillation, and each given those before it: `{kept}`" in (
+        card := (tmp_path / "out" / "README.md").read_text()
+    )
+    assert f"`{kept}` ({gain:.4g})" in card
     assert [key for key in weights(tmp_path / "out") if f"{kept}.flexformer" in key] == []
     linear = convert(make_recipe(sources, name, **settings | {"kernel.keep_softmax": 0}), tmp_path / "linear")
     assert linear["kept_softmax"] == {}
