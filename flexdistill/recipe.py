@@ -168,7 +168,7 @@ _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
         ("component", "matrix", "horizon", "frequency_scale", "tied", "decay", "longest_wavelength"),
         lambda variant: True,
     ),
-    "kernel.component": (("frequency_scale",), lambda component: True),
+    "kernel.component": (("frequency_scale",), lambda component: component not in (None, "hyperbolic")),
     **{
         f"{stage}.{name}": ((other,), lambda value: value is not None)
         for stage in STAGES

@@ -207,3 +207,4 @@ def test_another_kernel_forgets_the_scale_of_frequencies(setting):
     recipe = Recipe().override({"kernel.frequency_scale": 0.5})
     assert recipe.override(setting).kernel.frequency_scale is None
     assert recipe.override(setting | {"kernel.frequency_scale": 0.3}).kernel.frequency_scale == 0.3
+    assert recipe.override({"kernel.component": "hyperbolic"}).kernel.frequency_scale == 0.5
