@@ -3,11 +3,14 @@
 python benchmarks/fidelity.py --train TEXT --evaluate TEXT --recipe smollm2 --output fidelity.json
 python benchmarks/fidelity.py --table fidelity.json
 
-Rows are those of fidelity.yaml under the recipe's name; rows that the output holds already are kept.
+Rows are those of fidelity.yaml under the recipe's name; rows that the output holds already are kept. With --students
+the models stay, for the other benchmarks, and a row that was stopped goes on from its last checkpoint.
 """
 
 import argparse
+import contextlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only these")
     parser.add_argument("--rows-file", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all rows")
+    parser.add_argument("--students", type=Path, help="folder that keeps the models, named as the rows")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.table:
@@ -49,17 +53,19 @@ def main() -> None:
     done = {result["name"] for result in results}
     for name in arguments.rows or rows:
         if name not in done:
-            results.append(run(name, Recipe.load(arguments.recipe), shared, rows[name]))
+            results.append(run(name, Recipe.load(arguments.recipe), shared, rows[name], arguments.students))
             arguments.output.write_text(json.dumps(results) + "\n")
             print(f"{name}: done", file=sys.stderr)
     print(table(results))
 
 
-def run(name: str, recipe: Recipe, shared: dict, settings: dict) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        result = {"name": name, "settings": settings}
+def run(name: str, recipe: Recipe, shared: dict, settings: dict, students: Path | None = None) -> dict:
+    result = {"name": name, "settings": settings}
+    with tempfile.TemporaryDirectory() if students is None else contextlib.nullcontext(students) as folder:
+        output = Path(folder) / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
         try:
-            return result | {"metrics": convert(recipe.override(shared | settings), Path(folder) / "model")}
+            stopped = output.with_name(f"{output.name}.partial").exists()
+            return result | {"metrics": convert(recipe.override(shared | settings), output, resume=stopped)}
         except NonFiniteLossError as error:
             return result | {"error": str(error)}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexdistill import pipeline
+from flexdistill.errors import RunInterrupted
 from flexdistill.evaluation import load_converted
 from tests.distillation.stages import student, teacher
 from tests.tiny import save_tiny
@@ -176,6 +178,23 @@ def test_fidelity(models, monkeypatch, capsys, tmp_path):
     again = run_script("fidelity.py", monkeypatch, capsys, *arguments)  # rows that are there are not run again
     assert again == printed and json.loads(output.read_text()) == results
     assert run_script("fidelity.py", monkeypatch, capsys, "--table", output) == printed
+    output.unlink()
+    calls = []
+
+    def stop_once(recipe, folder, *, resume):
+        calls.append((Path(folder), resume))
+        if not resume:
+            (tmp_path / "students" / "linear.partial").mkdir(parents=True)
+            raise RunInterrupted("stopped", 15)
+        return results[0]["metrics"]
+
+    monkeypatch.setattr(pipeline, "convert", stop_once)
+    arguments += ["--students", tmp_path / "students", "--rows", "linear"]
+    with pytest.raises(RunInterrupted):
+        run_script("fidelity.py", monkeypatch, capsys, *arguments)
+    run_script("fidelity.py", monkeypatch, capsys, *arguments)
+    assert calls == [(tmp_path / "students" / "linear", False), (tmp_path / "students" / "linear", True)]
+    assert json.loads(output.read_text())[0]["metrics"] == results[0]["metrics"]
     results[0] = {"name": "linear", "settings": {}, "error": "it diverged"}
     output.write_text(json.dumps(results))
     assert "| linear | it diverged |" in run_script("fidelity.py", monkeypatch, capsys, "--table", output)
