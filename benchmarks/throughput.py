@@ -95,7 +95,7 @@ def measure(arguments: argparse.Namespace, decay: bool, compile: bool) -> dict:
 
         def step(stage=stage, gradients=gradients):
             gradients.zero()
-            stage.backward(tokens)
+            gradients.average(stage.backward(tokens).count)
             gradients.clip(stage.clip_groups, 1.0)
             stage.optimizer.step()
 
