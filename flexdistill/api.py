@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .comparison import Variant
+from .comparison import Variant, check_shared
 from .comparison import compare as run_comparison
 from .conversion import Plan, make_plan
 from .errors import FlexdistillError
@@ -118,6 +118,7 @@ def compare(
         FlexdistillError: if the input does not fit; nothing on disk has changed then.
         LostProcessError: if another process of the run dies.
     """
+    check_shared(name.replace("__", ".") for name in settings)
     return run_comparison(
         _with_settings(recipe, model, settings),
         variants,

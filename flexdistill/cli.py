@@ -241,12 +241,13 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Convert MODEL with several kernels on the same batches and compare them."""
-    resolved = make_recipe(context.params)
+    from .comparison import check_shared, parse_variants
     from .comparison import compare as run
-    from .comparison import parse_variants
     from .plots import has_matplotlib
     from .tables import comparison_table, print_table
 
+    check_shared(setting.partition("=")[0].strip() for setting in settings or ())
+    resolved = make_recipe(context.params)
     comparison = run(
         resolved,
         parse_variants(variants),

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .export import export
 from .inputs import Sequences, checked_plan, input_hashes, load_sequences, load_source
 from .pipeline import make_student, plan_facts, run_facts, run_stages
 from .plots import has_matplotlib, plot_comparison
-from .recipe import STAGES, KernelRecipe, Recipe
+from .recipe import OF_VARIANT, STAGES, KernelRecipe, Recipe
 from .recipe_sections import parse_yaml
 from .runs import COMPARISON, INDECISIVE, check_output
 from .storage import expanded, write_json
@@ -206,6 +206,16 @@ def make_entries(recipe: Recipe, variants: Sequence[Variant], windows: Sequence[
     if not entries:
         raise FlexdistillError("There is nothing to compare; name kernels with --variants and lengths with --windows.")
     return list(entries.values())
+
+
+def check_shared(settings: Iterable[str]) -> None:
+    """Raises FlexdistillError if a setting of the whole comparison is one that variants and windows replace."""
+    for key in settings:
+        section, _, name = key.partition(".")
+        if section == "kernel" and name in ("variant", "window", "sinks", *OF_VARIANT):
+            remedy = f"write it behind a variant, as in hedgehog:{name}=VALUE"
+            remedy = {"variant": "name it with --variants", "window": "name it with --windows"}.get(name, remedy)
+            raise FlexdistillError(f"{key} is not the same for all that is compared; {remedy}.")
 
 
 def parse_variants(text: str) -> list[dict[str, Any]]:

@@ -158,16 +158,15 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
 
 
+# settings of a kernel that belong to its variant
+OF_VARIANT = ("component", "matrix", "horizon", "frequency_scale", "tied", "decay", "longest_wavelength")
 # setting -> the settings of its section that are about it, and whether they mean nothing once it has a new value
 _ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
     "data.source": (("config", "split", "column", "sources"), lambda source: True),
     "data.sources": (tuple(TextRecipe.model_fields), lambda sources: sources is not None),
     "evaluation.source": (("config", "split", "column"), lambda source: True),
     "kernel.window": (("sinks",), lambda window: not window),
-    "kernel.variant": (
-        ("component", "matrix", "horizon", "frequency_scale", "tied", "decay", "longest_wavelength"),
-        lambda variant: True,
-    ),
+    "kernel.variant": (OF_VARIANT, lambda variant: True),
     "kernel.component": (("frequency_scale",), lambda component: component not in (None, "hyperbolic")),
     **{
         f"{stage}.{name}": ((other,), lambda value: value is not None)

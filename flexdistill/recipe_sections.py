@@ -66,7 +66,7 @@ class KernelRecipe(Section):
         gt=0,
         le=10,
         allow_inf_nan=False,
-        description="size of a fresh kernel's frequencies, 1 where they estimate softmax; null: the variant's default",
+        description="size of hyperbolic frequencies at first, 1 where they estimate softmax; null: 0.25",
     )
     decay: bool | None = Field(
         None,

@@ -198,6 +198,11 @@ def test_results_as_table_and_json(run, converted):
         ("convert gpt2 --dry-run --variant x", "Unknown variant 'x'"),
         ("compare gpt2 --variants hedgehog --windows 0,x", "whole numbers divided by commas"),
         ("compare gpt2 --variants nonsense", "Unknown variant 'nonsense'"),
+        (
+            "compare gpt2 --variants hedgehog --set kernel.frequency_scale=0.5",
+            "not the same for all that is compared; write it behind a variant, as in hedgehog:frequency_scale=VALUE",
+        ),
+        ("compare gpt2 --variants hedgehog --set kernel.window=8", "compared; name it with --windows"),
         ("compare gpt2 --variants hedgehog --budget 5", "less than a step of each stage"),
         ("compare ./missing --variants hedgehog", "'./missing' does not exist"),
         ("evaluate gpt2 --data sample", "name the model with --teacher"),
