@@ -20,6 +20,7 @@ import yaml
 from flexdistill.errors import NonFiniteLossError
 from flexdistill.pipeline import convert
 from flexdistill.recipe import Recipe
+from flexdistill.runs import working_folder
 from flexdistill.tables import markdown_table
 
 ABLATIONS = ("kernel only", "window only", "no attention")
@@ -64,8 +65,8 @@ def run(name: str, recipe: Recipe, shared: dict, settings: dict, students: Path 
     with tempfile.TemporaryDirectory() if students is None else contextlib.nullcontext(students) as folder:
         output = Path(folder) / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
         try:
-            stopped = output.with_name(f"{output.name}.partial").exists()
-            return result | {"metrics": convert(recipe.override(shared | settings), output, resume=stopped)}
+            resume = working_folder(output).exists()
+            return result | {"metrics": convert(recipe.override(shared | settings), output, resume=resume)}
         except NonFiniteLossError as error:
             return result | {"error": str(error)}
 

@@ -213,8 +213,8 @@ def check_shared(settings: Iterable[str]) -> None:
     for key in settings:
         section, _, name = key.partition(".")
         if section == "kernel" and name in ("variant", "window", "sinks", *OF_VARIANT):
-            remedy = f"write it behind a variant, as in hedgehog:{name}=VALUE"
-            remedy = {"variant": "name it with --variants", "window": "name it with --windows"}.get(name, remedy)
+            options = {"variant": "name it with --variants", "window": "name it with --windows"}
+            remedy = options.get(name, f"write it behind a variant, as in hedgehog:{name}=VALUE")
             raise FlexdistillError(f"{key} is not the same for all that is compared; {remedy}.")
 
 
