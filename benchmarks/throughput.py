@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flexdistill.attention_modes import softmax_mode
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator
+from flexdistill.distillation.cuda_graphs import RecordedBackward
 from flexdistill.distillation.reduction import Gradients
 from flexdistill.pipeline import STAGE_CLASSES
 from flexdistill.recipe import STAGES, Recipe
@@ -34,28 +35,38 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after three that are not")
-    ways = ["plain", "decay", "compiled", "compiled+decay"]
+    ways = ["plain", "decay", "compiled", "compiled+decay", "recorded+decay", "compiled+recorded+decay"]
     parser.add_argument("--ways", nargs="+", default=ways, choices=ways)
     parser.add_argument("--kernels", type=int, default=20, help="rows of the profile")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     results = []
     for way in arguments.ways:
-        results.append(measure(arguments, decay="decay" in way, compile="compiled" in way))
+        results.append(measure(arguments, **{name: name in way for name in ("decay", "compiled", "recorded")}))
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     for result in results:
         for stage in result["stages"]:
-            way = f"decay {result['decay']}, compiled {result['compile']}"
+            way = ", ".join(f"{name} {result[name]}" for name in ("decay", "compiled", "recorded"))
             print(f"\n{way}, {stage['name']}: {stage['launches']} launches, ms on the device:")
             print_table(["kernel", "ms", "times"], stage["profile"])
     figures = ("name", "ms", "tokens_per_s", "ratio", "device_ms")
-    columns = ["decay", "compiled", "stage", "ms per step", "tokens/s", "over the teacher's layers", "ms on the device"]
+    columns = [
+        "decay",
+        "compiled",
+        "recorded",
+        "stage",
+        "ms per step",
+        "tokens/s",
+        "over the teacher's layers",
+        "ms on the device",
+    ]
     print_table(
         columns,
         [
             [
                 result["decay"],
-                result["compile"],
+                result["compiled"],
+                result["recorded"],
                 *(stage[name] for name in figures),
             ]
             for result in results
@@ -64,9 +75,9 @@ def main() -> None:
     )
 
 
-def measure(arguments: argparse.Namespace, decay: bool, compile: bool) -> dict:
+def measure(arguments: argparse.Namespace, decay: bool, compiled: bool, recorded: bool) -> dict:
     torch.manual_seed(0)
-    settings = {"kernel.decay": decay} | {f"{stage}.compile": compile for stage in STAGES}
+    settings = {"kernel.decay": decay} | {f"{stage}.compile": compiled for stage in STAGES}
     recipe = Recipe.load("smollm2").override(settings | ({"precision": "fp32"} if arguments.tiny else {}))
     accelerator = make_accelerator(recipe.precision)
     model = LlamaForCausalLM(LlamaConfig(**(TINY if arguments.tiny else SHAPE)))
@@ -81,7 +92,8 @@ def measure(arguments: argparse.Namespace, decay: bool, compile: bool) -> dict:
     teacher_ms = median_ms(forward, arguments.steps)
     result = {
         "decay": decay,
-        "compile": compile,
+        "compiled": compiled,
+        "recorded": recorded,
         "batch": size,
         "torch": torch.__version__,
         "teacher_ms": teacher_ms,
@@ -91,11 +103,12 @@ def measure(arguments: argparse.Namespace, decay: bool, compile: bool) -> dict:
     for name in ("attention_transfer", "logit_distillation"):
         stage = STAGE_CLASSES[name](student, getattr(recipe, name), accelerator)
 
-        gradients = Gradients(stage.trained().values(), accelerator)
+        gradients = Gradients(stage.trained().values(), accelerator, stay=recorded)
+        backward = RecordedBackward(stage) if recorded else stage.backward
 
-        def step(stage=stage, gradients=gradients):
+        def step(stage=stage, gradients=gradients, backward=backward):
             gradients.zero()
-            gradients.average(stage.backward(tokens).count)
+            gradients.average(backward(tokens).count)
             gradients.clip(stage.clip_groups, 1.0)
             stage.optimizer.step()
 

@@ -27,7 +27,7 @@ _KERNEL = (
     "keep_layers",
     "keep_softmax",
 )
-_STAGE_SETTINGS = ("batch_size", "micro_batch_size", "max_memory", "compile")
+_STAGE_SETTINGS = ("batch_size", "micro_batch_size", "max_memory", "compile", "cuda_graphs")
 _STAGES = ("attention_transfer", "logit_distillation", "label_training")
 RECIPE_SETTINGS = {
     **{name: [f"kernel.{name}"] for name in _KERNEL},
@@ -92,6 +92,7 @@ GradientCheckpointing = Annotated[
     bool | None, training_option("--gradient-checkpointing", help="Run layers twice, and keep their inputs only.")
 ]
 Compile = Annotated[bool | None, training_option("--compile", help="Compile the model's layers, on a GPU.")]
+CudaGraphs = Annotated[bool | None, training_option("--cuda-graphs", help="Replay steps that Python has sent once.")]
 MaxMemory = Annotated[str | None, training_option(metavar="20GiB", help="Picks --micro-batch-size by a GPU's memory.")]
 NumProcesses = Annotated[int | None, training_option(metavar="N", help="Processes to launch, one per GPU.")]
 Trackers = Annotated[str | None, training_option(metavar="NAMES", help="tensorboard, trackio, wandb, beside the logs.")]

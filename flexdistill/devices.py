@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils.memory import should_reduce_batch_size
 
 from .errors import FlexdistillError
 from .runtime.backend import fused_operators
@@ -76,3 +77,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's allocator, or the processor's, has raised an error because memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

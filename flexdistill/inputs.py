@@ -85,6 +85,11 @@ def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerat
         if not on_gpu:  # in torch 2.13, what Inductor makes of linear attention's gradients for CPUs is wrong
             raise FlexdistillError("--compile is for GPUs and there is none; leave it out.")
         repeated_layers(model)
+    if any(stage.cuda_graphs for stage in recipe.stages.values()):
+        if not on_gpu:
+            raise FlexdistillError("--cuda-graphs is for GPUs and there is none; leave it out.")
+        if recipe.data.document_masks:  # where documents end decides what runs
+            raise FlexdistillError("--cuda-graphs cannot follow data.document_masks; leave one of them out.")
     if not logits.steps:
         return
     if not on_gpu and logits.cpu_offload:

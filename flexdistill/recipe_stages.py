@@ -26,6 +26,9 @@ class StageRecipe(Section):
     compile: bool = Field(
         False, description="compile the model's layers with Inductor: steps are shorter, the first by far longer"
     )
+    cuda_graphs: bool = Field(
+        False, description="replay micro-batches as CUDA graphs: steps that wait for the processor are shorter"
+    )
     optimizer: Literal["adam", "adamw"]
     learning_rate: float = Field(gt=0, description="of what the stage trains, at its highest")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="what follows the warm-up")
@@ -127,6 +130,8 @@ class LogitDistillationRecipe(ModelStageRecipe):
             )
         if self.parallel == "fsdp" and self.train != "full":
             raise ValueError(f"parallel: fsdp shards what train: full trains, and train is {self.train!r}; set ddp")
+        if self.parallel == "fsdp" and self.cuda_graphs:
+            raise ValueError("cuda_graphs cannot be recorded with parallel: fsdp; leave one of them out")
         if self.cpu_offload and self.parallel != "fsdp":
             raise ValueError("cpu_offload is ignored with parallel: ddp; set parallel: fsdp or remove cpu_offload")
         for name in IGNORED_BY_TRAIN[self.train]:

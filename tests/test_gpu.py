@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flexdistill.conversion import make_plan
+from flexdistill.distillation.attention_transfer import AttentionTransfer
 from flexdistill.doctor import examine
 from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert
@@ -138,6 +140,63 @@ def test_max_memory_on_gpu(tmp_path):
     assert convert(enough, tmp_path / "out")["reload_max_logit_difference"] <= 1e-5
     with pytest.raises(FlexdistillError, match="One sequence of 64 tokens takes"):
         convert(enough.override({f"{stage}.max_memory": "10kB" for stage in stages}), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "compile"),
+    [
+        ({"precision": "bf16"}, False),
+        ({"precision": "fp16", "logit_distillation.hidden_state_weight": 0.5}, False),
+        ({"precision": "bf16", "logit_distillation.gradient_checkpointing": True}, True),
+        ({"precision": "fp32", "logit_distillation.train": "lora", "kernel.window": 8}, False),
+        ({"precision": "bf16", "kernel.component": "trigonometric", "logit_distillation.validation_every": 3}, False),
+        ({"precision": "bf16", "kernel.decay": True, "label_training.steps": 4}, True),
+    ],
+)
+def test_cuda_graphs_train_the_same(tmp_path, settings, compile):
+    stages = ("attention_transfer", "logit_distillation", "label_training")
+    # 8 sequences are micro-batches of 3, 3 and 2
+    shared = {f"{stage}.micro_batch_size": 3 for stage in stages} | {f"{stage}.compile": compile for stage in stages}
+    recipe = tiny_recipe(tmp_path / "tiny", **settings, **shared)
+    expected = convert(recipe, tmp_path / "sent")
+    found = convert(recipe.override({f"{stage}.cuda_graphs": True for stage in stages}), tmp_path / "recorded")
+    for stage, other in zip(found["stages"], expected["stages"], strict=True):
+        assert stage["last_loss"] == pytest.approx(other["last_loss"], rel=1e-3, abs=1e-6)
+        assert stage["last_loss"] != stage["first_loss"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("sent", "recorded")]
+    for name, value in weights[0].items():
+        assert (weights[1][name] - value).norm() <= 1e-3 * max(float(value.norm()), 1.0), name
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path, monkeypatch):
+    compare = AttentionTransfer._compare_rows
+
+    def waiting(stage, call):
+        float(call.value.sum())
+        return compare(stage, call)
+
+    monkeypatch.setattr(AttentionTransfer, "_compare_rows", waiting)
+    recipe = tiny_recipe(tmp_path / "tiny", **{"attention_transfer.cuda_graphs": True})
+    with pytest.raises(FlexdistillError, match="attention_transfer cannot be recorded as a CUDA graph"):
+        convert(recipe, tmp_path / "out")
+    monkeypatch.undo()
+    assert convert(recipe, tmp_path / "out", overwrite=True)["reload_max_logit_difference"] <= 1e-5
+
+
+def test_memory_runs_out_beside_a_recording(tmp_path, monkeypatch, capsys):
+    recipe = tiny_recipe(tmp_path / "tiny", **{"attention_transfer.cuda_graphs": True})
+    backward, calls = AttentionTransfer.backward, []
+
+    def scarce(stage, sequences):
+        calls.append(len(sequences))
+        if len(calls) == 3:  # while the whole batch is recorded
+            torch.empty(2**45, dtype=torch.uint8, device="cuda")
+        return backward(stage, sequences)
+
+    monkeypatch.setattr(AttentionTransfer, "backward", scarce)
+    convert(recipe, tmp_path / "out")
+    assert calls[:3] == [8, 8, 8] and set(calls[3:]) == {4}
+    assert "micro-batches have 4 sequences" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

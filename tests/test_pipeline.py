@@ -91,6 +91,7 @@ def test_two_processes_equal_one(sources, tmp_path, parallel):
     [
         ({"attention_transfer.max_memory": "1GiB"}, "--max-memory measures a GPU's memory and there is none"),
         ({"label_training.steps": 1, "label_training.compile": True}, "--compile is for GPUs and there is none"),
+        ({"attention_transfer.cuda_graphs": True}, "--cuda-graphs is for GPUs and there is none"),
         ({"logit_distillation.parallel": "fsdp", "logit_distillation.cpu_offload": True}, "cpu_offload moves weights"),
     ],
 )
@@ -117,6 +118,16 @@ def test_what_sharding_cannot_do_is_refused(sources, processes, precision, messa
     recipe = make_recipe(sources, **{"logit_distillation.parallel": "fsdp"})
     with pytest.raises(FlexdistillError, match=message):
         inputs.check_devices(recipe, teacher("llama"), accelerator)
+
+
+def test_what_cuda_graphs_cannot_do_is_refused(sources):
+    settings = {"attention_transfer.cuda_graphs": True, "data.document_masks": True}
+    recipe = make_recipe(sources, **settings)
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no", device=torch.device("cuda"))
+    with pytest.raises(FlexdistillError, match="--cuda-graphs cannot follow data.document_masks"):
+        inputs.check_devices(recipe, teacher("llama"), accelerator)
+    with pytest.raises(FlexdistillError, match="cuda_graphs cannot be recorded with parallel: fsdp"):
+        recipe.override({"logit_distillation.parallel": "fsdp", "logit_distillation.cuda_graphs": True})
 
 
 @every_model

@@ -63,13 +63,15 @@ def run_stage(
     optimizer = stage.optimizer
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
-    gradients, reduce_losses = Gradients(stage.trained().values(), accelerator), LossReduction(accelerator)
+    gradients = Gradients(stage.trained().values(), accelerator, stay=recipe.cuda_graphs)
+    reduce_losses = LossReduction(accelerator)
     micro_batches = MicroBatches(
         stage,
         recipe.micro_batch_size,
         accelerator,
         gradients.zero,
         sharded=gradients.are_sharded,
+        recorded=recipe.cuda_graphs,
         copies=copies_kept(recipe),
     )
     share = slice(accelerator.process_index, None, accelerator.num_processes)

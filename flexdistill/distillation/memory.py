@@ -36,7 +36,9 @@ def gradient_checkpointing(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         FlexdistillError: if transformers does not say what the model's layers are.
     """
-    with layers_wrapped(model, lambda forward: partial(checkpoint, forward, use_reentrant=False)):
+    # without dropout nothing is random, and a CUDA graph cannot ask for the random state
+    settings = {"use_reentrant": False, "preserve_rng_state": False}
+    with layers_wrapped(model, lambda forward: partial(checkpoint, forward, **settings)):
         yield
 
 

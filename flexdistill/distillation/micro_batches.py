@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
-from ..devices import forget_peak_memory, peak_memory_bytes
+from ..devices import forget_peak_memory, is_out_of_memory, peak_memory_bytes
 from ..errors import FlexdistillError
+from .cuda_graphs import RecordedBackward
 from .stage import Stage, StepLosses, backward_counting_guards, sum_losses
 
 
@@ -24,6 +25,7 @@ class MicroBatches:
         size: sequences per micro-batch; None: all rows.
         discard: forgets the gradients added so far.
         sharded: whether a backward pass needs all processes, so that none can repeat it alone.
+        recorded: whether micro-batches are replayed as CUDA graphs; gradients stay where they are then.
         copies: tensors of a parameter's shape that the optimiser's state comes to hold for it.
     """
 
@@ -35,11 +37,13 @@ class MicroBatches:
         discard: Callable[[], None],
         *,
         sharded: bool = False,
+        recorded: bool = False,
         copies: int = 2,
     ):
         self.stage, self.accelerator, self.sharded = stage, accelerator, sharded
         self._size, self._discard, self._copies = size, discard, copies
         self._told = size
+        self._recorded = RecordedBackward(stage) if recorded else None
 
     def split(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Token sequences (B, T) -> micro-batches; none for an empty batch."""
@@ -53,17 +57,22 @@ class MicroBatches:
         """
         while True:
             try:
-                return sum_losses([backward_counting_guards(self.stage, micro) for micro in self.split(batch)])
+                return sum_losses([self._backward(micro) for micro in self.split(batch)])
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 size = min(self._size or len(batch), len(batch))
             # outside of the handler, whose traceback holds the tensors of the failed pass
             self._discard()
+            if self._recorded:
+                self._recorded.forget()
             clear_device_cache(garbage_collection=True)
             if self.sharded or size == 1:
                 raise _no_memory(size, batch.shape[1])
             self._size = size // 2
+
+    def _backward(self, micro_batch: torch.Tensor) -> StepLosses:
+        return self._recorded(micro_batch) if self._recorded else backward_counting_guards(self.stage, micro_batch)
 
     def agree(self) -> torch.Tensor:
         """The smallest size of all processes, a scalar on the device; 0 while nothing limits it."""
@@ -125,10 +134,6 @@ class MicroBatches:
         return sum(
             self._copies * p.numel() * p.element_size() for p in local if p.device.type == self.accelerator.device.type
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _no_memory(size: int, length: int) -> FlexdistillError:

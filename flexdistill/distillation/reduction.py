@@ -25,12 +25,13 @@ class Gradients:
     Args:
         parameters: of those that every one of several processes holds whole, `grad` becomes a view of one flat buffer
             per dtype. FSDP sums what it shards, and in one process there is nothing to sum.
+        stay: whether one process has such buffers too, so that every backward pass adds to the same memory.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], accelerator: Accelerator):
+    def __init__(self, parameters: Iterable[nn.Parameter], accelerator: Accelerator, *, stay: bool = False):
         self._processes, self._device = accelerator.num_processes, accelerator.device
         self._parameters = list(parameters)
-        flat = [p for p in self._parameters if self._processes > 1 and not isinstance(p, DTensor)]
+        flat = [p for p in self._parameters if (stay or self._processes > 1) and not isinstance(p, DTensor)]
         self._buffers = []
         for dtype in dict.fromkeys(parameter.dtype for parameter in flat):
             alike = [parameter for parameter in flat if parameter.dtype == dtype]
@@ -54,7 +55,8 @@ class Gradients:
     def average(self, count: torch.Tensor) -> None:
         """Sums over processes, divided by the scalar `count` of all of them."""
         for buffer in self._buffers:
-            torch.distributed.all_reduce(buffer)
+            if self._processes > 1:
+                torch.distributed.all_reduce(buffer)
             buffer.div_(count)
         for parameter in self._others:
             if parameter.grad is None:
