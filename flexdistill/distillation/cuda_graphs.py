@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from transformers import masking_utils
 
 from ..devices import is_out_of_memory
 from ..errors import FlexdistillError, first_sentence
@@ -27,6 +30,7 @@ class RecordedBackward:
     """Does what `backward_counting_guards` does, from the third micro-batch of a shape on by replaying its recording.
 
     A recording reads weights and adds to gradients where they were when it was made: they have to stay there.
+    Sequences are of one document each, as far as attention is concerned.
     """
 
     def __init__(self, stage: Stage):
@@ -42,10 +46,11 @@ class RecordedBackward:
         """
         shape = sequences.shape
         self._passes[shape] += 1
-        if self._passes[shape] <= _WARM_UP:
-            return backward_counting_guards(self._stage, sequences)
-        if shape not in self._recordings:
-            self._recordings[shape] = self._record(sequences)
+        with nothing_packed():
+            if self._passes[shape] <= _WARM_UP:
+                return backward_counting_guards(self._stage, sequences)
+            if shape not in self._recordings:
+                self._recordings[shape] = self._record(sequences)
         recording = self._recordings[shape]
         recording.sequences.copy_(sequences)
         recording.graph.replay()
@@ -67,10 +72,25 @@ class RecordedBackward:
                 losses = backward_counting_guards(self._stage, sequences)
                 figures = torch.stack([x.double() for x in (losses.total, losses.count, *losses.parts.values())])
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+            cause = error.__context__ or error  # what comes last may only say that the recording has failed
+            if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
+                raise cause from None
             raise FlexdistillError(
-                f"{self._stage.name} cannot be recorded as a CUDA graph ({first_sentence(error)}); leave --cuda-graphs "
+                f"{self._stage.name} cannot be recorded as a CUDA graph ({first_sentence(cause)}); leave --cuda-graphs "
                 "out."
             ) from error
         return _Recording(graph, sequences, figures, list(losses.parts))
+
+
+@contextlib.contextmanager
+def nothing_packed() -> Iterator[None]:
+    """transformers takes no sequence for several that are packed, inside the context.
+
+    Else it waits for the device to find out, and takes for granted that there are several while a graph is recorded.
+    """
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
