@@ -30,7 +30,6 @@ class RecordedBackward:
     """Does what `backward_counting_guards` does, from the third micro-batch of a shape on by replaying its recording.
 
     A recording reads weights and adds to gradients where they were when it was made: they have to stay there.
-    Sequences are of one document each, as far as attention is concerned.
     """
 
     def __init__(self, stage: Stage):
@@ -46,7 +45,7 @@ class RecordedBackward:
         """
         shape = sequences.shape
         self._passes[shape] += 1
-        with nothing_packed():
+        with plain_masks():
             if self._passes[shape] <= _WARM_UP:
                 return backward_counting_guards(self._stage, sequences)
             if shape not in self._recordings:
@@ -83,14 +82,15 @@ class RecordedBackward:
 
 
 @contextlib.contextmanager
-def nothing_packed() -> Iterator[None]:
-    """transformers takes no sequence for several that are packed, inside the context.
+def plain_masks() -> Iterator[None]:
+    """Inside the context transformers takes sequences for one document each, without padding.
 
-    Else it waits for the device to find out, and takes for granted that there are several while a graph is recorded.
+    Else it waits for the device to find out; and while a graph is recorded, when it cannot, it makes whole masks.
     """
-    find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    replaced = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda tensor=None: False}
+    before = {name: getattr(masking_utils, name) for name in replaced}
+    vars(masking_utils).update(replaced)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = find
+        vars(masking_utils).update(before)

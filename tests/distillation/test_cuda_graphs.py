@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import import_utils
 
-from flexdistill.distillation.cuda_graphs import nothing_packed
+from flexdistill.distillation.cuda_graphs import plain_masks
 from flexdistill.distillation.stage import backward_counting_guards
 
 from .stages import STAGES, sequences, student
@@ -21,6 +21,8 @@ class NeverWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if WAITS & set(function.tags):
             raise Waited(str(function))
+        if "scaled_dot_product" in str(function):  # whose mask could only be of all pairs of tokens
+            assert not [x for x in (*arguments[3:], *(keywords or {}).values()) if torch.is_tensor(x) and x.ndim == 4]
         return function(*arguments, **(keywords or {}))
 
 
@@ -37,7 +39,7 @@ def test_steps_wait_for_nothing(name, model, kernel, recording):
     if model == "bert" and (name == "labels" or "window" in kernel):
         pytest.skip("an encoder has neither labels nor a window")
     stage = STAGES[name](student(model, **kernel))
-    with stage.active(), nothing_packed():
+    with stage.active(), plain_masks():
         expected = backward_counting_guards(stage, sequences(2))
         gradients = {key: value.grad.clone() for key, value in stage.trained().items() if value.grad is not None}
         stage.optimizer.zero_grad()
@@ -57,7 +59,7 @@ def test_a_packed_sequence_would_make_it_wait(recording):
 def test_sequences_are_looked_at_again_afterwards():
     stage = STAGES["attention transfer"](student())
     with stage.active():
-        with nothing_packed():
+        with plain_masks():
             backward_counting_guards(stage, sequences(2))
         with NeverWaiting(), pytest.raises(Waited):
             backward_counting_guards(stage, sequences(2))
