@@ -12,6 +12,7 @@ import pytest
 import typer
 import yaml
 
+import flexdistill
 from flexdistill.cli import app, main
 from flexdistill.data import SAMPLE, read_documents
 from flexdistill.recipe import DataRecipe, Recipe
@@ -122,6 +123,12 @@ def test_every_setting_is_documented(table):
 def test_every_module_is_in_the_architecture_of_the_code():
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture-of-the-code.md").read_text(), re.MULTILINE)
     assert [set(re.findall("`(\\w+)`", row)) for row in rows] == LAYERS
+
+
+def test_changelog_tells_of_every_version():
+    versions = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert versions[0] == "Unreleased" and versions[-1] == "0.1.0"
+    assert flexdistill.__version__ in versions
 
 
 def test_documents_link_to_what_is_there():
