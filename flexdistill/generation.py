@@ -12,6 +12,7 @@ from .conversion import max_positions
 from .errors import FlexdistillError
 from .evaluation import load_converted
 from .runtime.cache import cache_num_bytes
+from .scoring import check_causal
 from .sources import load_tokenizer, resolve_model
 
 # what a source's generation_config.json may have set otherwise, and this function does not return
@@ -38,8 +39,7 @@ def generate(directory: str, prompt: str, *, seed: int | None = None, **settings
     if not inputs["input_ids"].numel():
         raise FlexdistillError("The prompt has no tokens; give some text to continue.")
     model = load_converted(directory).to(device)
-    if not all(kernel.causal for kernel in model.config.kernel_specs.values()):
-        raise FlexdistillError(f"{directory} attends in both directions, so it cannot generate; give a causal model.")
+    check_causal(model)
     if seed is not None:
         set_seed(seed)
     start = time.perf_counter()

@@ -78,7 +78,9 @@ def check_causal(model: PreTrainedModel) -> None:
     if isinstance(model.config, FlexformerConfigMixin) and not all(
         s.causal for s in model.config.kernel_specs.values()
     ):
-        raise FlexdistillError(f"{type(model).__name__} attends in both directions; score with a causal model.")
+        raise FlexdistillError(
+            f"{type(model).__name__} attends in both directions, so it cannot continue text; give a causal model."
+        )
 
 
 def _score(split: SplitModel, hidden: torch.Tensor, tokens: torch.Tensor) -> Score:

@@ -62,7 +62,9 @@ def test_a_checkpoint_by_position(tmp_path, tiny_tokenizer):
     assert list(spans) == ["teacher", "student"] and len(spans["student"][0]["losses"]) == 3
     assert spans["student"][0]["perplexity"] != spans["teacher"][0]["perplexity"]
     save_tiny(tmp_path / "bert", student("bert"), tiny_tokenizer)
-    with pytest.raises(FlexdistillError, match="attends in both directions; score with a causal model"):
+    with pytest.raises(
+        FlexdistillError, match="attends in both directions, so it cannot continue text; give a causal model"
+    ):
         evaluate_by_position(tmp_path / "bert", str(tmp_path / "teacher"), recipe)
     with pytest.raises(FlexdistillError, match="longer than the 512 positions"):
         longer = recipe.model_copy(update={"sequence_length": 600})
