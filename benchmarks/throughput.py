@@ -5,6 +5,7 @@ python benchmarks/throughput.py --tiny --output throughput.json     # a tiny mod
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -19,6 +20,7 @@ from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import make_accelerator
 from flexdistill.distillation.cuda_graphs import RecordedBackward
 from flexdistill.distillation.reduction import Gradients
+from flexdistill.distillation.stage import backward_counting_guards
 from flexdistill.pipeline import STAGE_CLASSES
 from flexdistill.recipe import STAGES, Recipe
 from flexdistill.tables import print_table
@@ -104,7 +106,7 @@ def measure(arguments: argparse.Namespace, decay: bool, compiled: bool, recorded
         stage = STAGE_CLASSES[name](student, getattr(recipe, name), accelerator)
 
         gradients = Gradients(stage.trained().values(), accelerator, stay=recorded)
-        backward = RecordedBackward(stage) if recorded else stage.backward
+        backward = RecordedBackward(stage) if recorded else functools.partial(backward_counting_guards, stage)
 
         def step(stage=stage, gradients=gradients, backward=backward):
             gradients.zero()

@@ -65,20 +65,39 @@ class RecordedBackward:
         sequences, graph = sequences.clone(), torch.cuda.CUDAGraph()
         # recordings never run at the same time, so they share their memory
         pool = next((recording.graph.pool() for recording in self._recordings.values()), None)
+        stream = torch.cuda.current_stream()
         try:
             # other threads go on: NCCL's asks the device how far it is
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 losses = backward_counting_guards(self._stage, sequences)
                 figures = torch.stack([x.double() for x in (losses.total, losses.count, *losses.parts.values())])
         except RuntimeError as error:
-            cause = error.__context__ or error  # what comes last may only say that the recording has failed
-            if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
-                raise cause from None
+            torch.cuda.set_stream(stream)  # where a recording fails, torch stays on the one that it recorded
+            causes = _causes(error)
+            for cause in causes:
+                if is_out_of_memory(cause):
+                    raise cause from None
             raise FlexdistillError(
-                f"{self._stage.name} cannot be recorded as a CUDA graph ({first_sentence(cause)}); leave --cuda-graphs "
-                "out."
+                f"{self._stage.name} cannot be recorded as a CUDA graph ({first_sentence(causes[-1])}); leave "
+                "--cuda-graphs out."
             ) from error
         return _Recording(graph, sequences, figures, list(losses.parts))
+
+
+def _causes(error: RuntimeError) -> list[RuntimeError]:
+    """An error and those before it: the last of a recording may only say that it has failed."""
+    chain: list[BaseException | None] = [error]
+    while chain[-1] is not None:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    return [cause for cause in chain if isinstance(cause, RuntimeError)]
+
+
+def _nothing_packed(position_ids: torch.Tensor) -> None:
+    return None
+
+
+def _not_traced(tensor: torch.Tensor | None = None) -> bool:
+    return False
 
 
 @contextlib.contextmanager
@@ -87,7 +106,7 @@ def plain_masks() -> Iterator[None]:
 
     Else it waits for the device to find out; and while a graph is recorded, when it cannot, it makes whole masks.
     """
-    replaced = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda tensor=None: False}
+    replaced = {"find_packed_sequence_indices": _nothing_packed, "is_tracing": _not_traced}
     before = {name: getattr(masking_utils, name) for name in replaced}
     vars(masking_utils).update(replaced)
     try:

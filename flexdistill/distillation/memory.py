@@ -37,7 +37,7 @@ def gradient_checkpointing(model: PreTrainedModel) -> Iterator[None]:
         FlexdistillError: if transformers does not say what the model's layers are.
     """
     # without dropout nothing is random, and a CUDA graph cannot ask for the random state
-    settings = {"use_reentrant": False, "preserve_rng_state": False}
+    settings = {"use_reentrant": False, "preserve_rng_state": model.training}
     with layers_wrapped(model, lambda forward: partial(checkpoint, forward, **settings)):
         yield
 
