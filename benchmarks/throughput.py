@@ -29,6 +29,8 @@ SHAPE = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_
 SHAPE |= dict(num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True)
 TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 TINY |= dict(num_key_value_heads=2, vocab_size=512)
+# what a way of training may have
+TRAITS = ("decay", "compiled", "recorded")
 
 
 def main() -> None:
@@ -44,33 +46,19 @@ def main() -> None:
     arguments = parser.parse_args()
     results = []
     for way in arguments.ways:
-        results.append(measure(arguments, **{name: name in way for name in ("decay", "compiled", "recorded")}))
+        results.append(measure(arguments, **{trait: trait in way for trait in TRAITS}))
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     for result in results:
         for stage in result["stages"]:
-            way = ", ".join(f"{name} {result[name]}" for name in ("decay", "compiled", "recorded"))
+            way = ", ".join(f"{trait} {result[trait]}" for trait in TRAITS)
             print(f"\n{way}, {stage['name']}: {stage['launches']} launches, ms on the device:")
             print_table(["kernel", "ms", "times"], stage["profile"])
     figures = ("name", "ms", "tokens_per_s", "ratio", "device_ms")
-    columns = [
-        "decay",
-        "compiled",
-        "recorded",
-        "stage",
-        "ms per step",
-        "tokens/s",
-        "over the teacher's layers",
-        "ms on the device",
-    ]
+    columns = ("stage", "ms per step", "tokens/s", "over the teacher's layers", "ms on the device")
     print_table(
-        columns,
+        [*TRAITS, *columns],
         [
-            [
-                result["decay"],
-                result["compiled"],
-                result["recorded"],
-                *(stage[name] for name in figures),
-            ]
+            [*(result[trait] for trait in TRAITS), *(stage[name] for name in figures)]
             for result in results
             for stage in result["stages"]
         ],

@@ -15,13 +15,13 @@ from flexdistill.distillation.attention_transfer import AttentionTransfer
 from flexdistill.doctor import examine
 from flexdistill.errors import FlexdistillError
 from flexdistill.pipeline import convert
-from flexdistill.recipe import KernelRecipe, Recipe
+from flexdistill.recipe import STAGES, KernelRecipe, Recipe
 from flexdistill.runtime.attention import attend
 from flexdistill.runtime.backend import VARIABLE
 from flexdistill.runtime.configuration_flexformer import KernelSpec
 from flexdistill.runtime.registry import build_feature_map
 
-from .distillation.stages import teacher
+from .distillation.stages import log_entries, teacher
 from .runtime.kernels import every_causal_kernel, kernel_spec, rotation
 from .runtime.reference import reference_attention
 from .tiny import save_tiny, tiny_llama, tiny_tokenizer
@@ -129,7 +129,7 @@ def tiny_recipe(folder, model=None, **settings):
 
 
 # every step moves the weights far, so that what a step forgets to read or to write shows in the next loss
-FAST = {f"{stage}.warmup_steps": 0 for stage in ("attention_transfer", "logit_distillation", "label_training")}
+FAST = {f"{stage}.warmup_steps": 0 for stage in STAGES}
 FAST |= {"attention_transfer.steps": 10, "attention_transfer.learning_rate": 0.05}
 FAST |= {"logit_distillation.steps": 10, "logit_distillation.kernel_learning_rate": 0.01}
 FAST |= {"label_training.learning_rate": 0.003}
@@ -163,19 +163,18 @@ def test_max_memory_on_gpu(tmp_path):
     ],
 )
 def test_cuda_graphs_train_the_same(tmp_path, settings, compile):
-    stages = ("attention_transfer", "logit_distillation", "label_training")
     # 8 sequences are micro-batches of 3, 3 and 2
-    shared = {f"{stage}.micro_batch_size": 3 for stage in stages} | {f"{stage}.compile": compile for stage in stages}
+    shared = {f"{stage}.micro_batch_size": 3 for stage in STAGES} | {f"{stage}.compile": compile for stage in STAGES}
     recipe = tiny_recipe(tmp_path / "tiny", teacher(), **FAST, **settings, **shared)
     convert(recipe, tmp_path / "sent")
-    convert(recipe.override({f"{stage}.cuda_graphs": True for stage in stages}), tmp_path / "recorded")
+    convert(recipe.override({f"{stage}.cuda_graphs": True for stage in STAGES}), tmp_path / "recorded")
     assert_trained_alike(tmp_path / "sent", tmp_path / "recorded")
 
 
 def assert_trained_alike(folder, other):
     """The same figures of every step, of weights that the steps have moved by far more than what counts as the same."""
     for log in sorted(folder.glob("*.jsonl")):
-        expected, found = ([json.loads(line) for line in (f / log.name).open()] for f in (folder, other))
+        expected, found = log_entries(log), log_entries(other / log.name)
         assert len(found) == len(expected) > 3
         moved = "attention_kl" if "attention_kl" in expected[0] else "loss"
         assert min(entry[moved] for entry in expected) < 0.98 * expected[0][moved], log.name

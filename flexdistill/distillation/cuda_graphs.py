@@ -84,12 +84,14 @@ class RecordedBackward:
         return _Recording(graph, sequences, figures, list(losses.parts))
 
 
-def _causes(error: RuntimeError) -> list[RuntimeError]:
+def _causes(error: BaseException | None) -> list[RuntimeError]:
     """An error and those before it: the last of a recording may only say that it has failed."""
-    chain: list[BaseException | None] = [error]
-    while chain[-1] is not None:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
-    return [cause for cause in chain if isinstance(cause, RuntimeError)]
+    causes = []
+    while error is not None:
+        if isinstance(error, RuntimeError):
+            causes.append(error)
+        error = error.__cause__ or error.__context__
+    return causes
 
 
 def _nothing_packed(position_ids: torch.Tensor) -> None:

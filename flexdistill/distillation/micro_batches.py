@@ -84,8 +84,8 @@ class MicroBatches:
 
     def follow(self, size: int) -> None:
         """Takes the size that the processes agreed on; the main process says so where it has become smaller."""
-        if self._recorded and (size or None) != self._told:
-            self._recorded.forget()  # of a size that will not come again
+        if self._recorded and (size or None) != self._size:  # another process's, which has forgotten its own
+            self._recorded.forget()
         self._size = size or None
         if self._size != self._told and self.accelerator.is_main_process:
             print(f"A step ran out of memory; micro-batches have {self._size} sequences from now on.", file=sys.stderr)
