@@ -6,10 +6,10 @@ import random
 
 import torch
 
-# of a sequence that repeats
-SPANS = 2
 # tokens of a span
 SHORTEST, LONGEST = 16, 256
+# a sequence that repeats has a span for so many tokens, but two at least, so that long ones practise as much
+TOKENS_PER_SPAN = 512
 
 
 def repeat_spans(tokens: torch.Tensor, rows: torch.Tensor, share: float) -> torch.Tensor:
@@ -29,14 +29,19 @@ def repeat_spans(tokens: torch.Tensor, rows: torch.Tensor, share: float) -> torc
     length = tokens.shape[1]
     recalled = torch.zeros(tokens.shape, dtype=torch.bool)
     longest = max(1, min(LONGEST, length // 4))
+    positions = torch.arange(length)
     for sequence, known, row in zip(tokens, recalled, rows.tolist(), strict=True):
         generator = random.Random(row)
         if generator.random() >= share:
             continue
-        for _ in range(SPANS):
+        origins = torch.full((length,), -1)
+        for _ in range(max(2, length // TOKENS_PER_SPAN)):
             size = generator.randint(min(SHORTEST, longest), longest)
             start = generator.randint(0, length - 2 * size)
             copy = generator.randint(start + size, length - size)
             sequence[copy : copy + size] = sequence[start : start + size].clone()
-            known[copy : copy + size - 1] = True
+            origins[copy : copy + size] = positions[start : start + size]
+        # copies may have cut others since, and what those were copied from
+        whole = (origins >= 0) & (sequence[origins] == sequence)
+        known[:-1] = whole[:-1] & whole[1:] & (origins[1:] == origins[:-1] + 1)
     return recalled

@@ -36,7 +36,7 @@ def test_shipped_recipe_fits_a_model(name):
 
 
 def test_recipes_expected_by_the_documentation_are_shipped():
-    expected = ["bert-glue", "default", "demo", "gemma", "gpt2", "llama", "qwen", "smollm2", "smollm2-20m"]
+    expected = ["bert-glue", "default", "demo", "gemma", "gpt2", "llama", "qwen", "smollm2", "smollm2-200m", "smollm2-20m"]
     assert shipped_recipes() == expected
 
 
