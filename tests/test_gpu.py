@@ -180,7 +180,10 @@ def assert_trained_alike(folder, other):
         assert min(entry[moved] for entry in expected) < 0.98 * expected[0][moved], log.name
         for entry, wanted in zip(found, expected, strict=True):
             for name in {"loss", "attention_kl", "gradient_norm", "validation_loss"} & set(wanted):
-                assert entry[name] == pytest.approx(wanted[name], rel=2e-3), (log.name, wanted["step"], name)
+                if wanted[name] is None:  # the scaler skipped the step
+                    assert entry[name] is None
+                else:
+                    assert entry[name] == pytest.approx(wanted[name], rel=5e-3), (log.name, wanted["step"], name)
 
 
 WAITING = """
