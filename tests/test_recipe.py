@@ -29,9 +29,7 @@ def test_shipped_recipe_loads_and_says_what_it_is_for(name):
 def test_shipped_recipe_fits_a_model(name):
     recipe = Recipe.load(name)
     layers = 2 + recipe.kernel.keep_softmax
-    model = tiny_llama(num_hidden_layers=layers)
-    if name in ("bert-glue", "gpt2"):
-        model = {"bert-glue": tiny_bert, "gpt2": tiny_gpt2}[name]()
+    model = {"bert-glue": tiny_bert, "gpt2": tiny_gpt2}.get(name, lambda: tiny_llama(layers))()
     plan = make_plan(model, recipe.kernel)
     assert len(plan.converted) == layers
     check_lengths(recipe)

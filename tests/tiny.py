@@ -31,13 +31,13 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return _build(GPT2LMHeadModel, config)
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(layers: int = 2) -> LlamaForCausalLM:
     """Grouped-query attention: 4 query heads share 2 KV heads of size 16."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
