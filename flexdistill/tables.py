@@ -204,8 +204,9 @@ def summary_lines(metrics: dict[str, Any]) -> list[str]:
         lines.append(f"Attention KL: {mean:.4g} on average, {attention_kl[worst]:.4g} in the worst layer, {worst}.")
     if metrics.get("guarded_rows"):
         lines.append(f"The normaliser's guard fired in {metrics['guarded_rows']:.2%} of the attention rows.")
-    if metrics.get("elapsed_s"):
-        line = f"{metrics['tokens']:,} training tokens in {metrics['elapsed_s']:,.0f} s"
+    if metrics.get("stages"):
+        seconds = sum(stage["elapsed_s"] for stage in metrics["stages"])
+        line = f"{metrics['tokens']:,} tokens in {seconds:,.0f} s of training"
         if metrics.get("peak_memory_bytes"):
             line += f", at most {format_bytes(metrics['peak_memory_bytes'])} of memory"
         lines.append(f"{line}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,13 @@ def layers_compiled(model: PreTrainedModel, enabled: bool):
     if not enabled:
         yield
         return
-    with layers_wrapped(model, torch.compile), torch._dynamo.config.patch(recompile_limit=_FORMS):
+    with (
+        layers_wrapped(model, torch.compile),
+        torch._dynamo.config.patch(recompile_limit=_FORMS),
+        warnings.catch_warnings(),
+    ):
+        # kernels keep constants and the choice of a backend in caches, which a run never changes
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         yield
 
 

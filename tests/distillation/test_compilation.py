@@ -101,3 +101,9 @@ def test_inductor_on_gpu_equals_plain(name, settings, monkeypatch):
     torch.compiler.reset()
     runs = [run(name, compile, device="cuda", repeats=2, **settings) for compile in (False, True)]
     assert_equal(*runs, 1e-3)
+
+
+def test_caches_of_kernels_are_not_warned_of(backend, recwarn):
+    torch._dynamo.utils.warn_once_cache.clear()
+    run("logit_distillation", True, kernel={"kernel.window": 8})
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
