@@ -47,8 +47,9 @@ def convert(
 
     Returns:
         the metrics that metrics.json holds: what `evaluate` returns, and `model`, `kernel`, `plan` (totals),
-        `kept_softmax` (nats per token that softmax gains, by module), `stages` (a summary each), `tokens`, `elapsed_s`
-        (of a resumed run, since it was resumed), `peak_memory_bytes`, `num_processes` and `device`.
+        `frequencies` (by module), `kept_softmax` (nats per token that softmax gains, by module), `stages` (a summary
+        each), `tokens`, `elapsed_s` (of a resumed run, since it was resumed), `peak_memory_bytes`, `num_processes` and
+        `device`.
 
     Raises:
         FlexdistillError: if the input does not fit; nothing on disk has changed then.

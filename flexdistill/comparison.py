@@ -161,7 +161,7 @@ def _run(
     set_seed(recipe.seed)
     forget_peak_memory(accelerator.device)
     # converted on CPU as `convert` does, so that kernels start from the same numbers
-    student = make_student(copy.deepcopy(teacher).cpu(), plan, sequences, accelerator)
+    student, plan = make_student(recipe, copy.deepcopy(teacher).cpu(), plan, sequences, accelerator)
     curve = []
 
     def evaluate(tokens: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -53,6 +53,11 @@ class Plan:
     @property
     def converted(self) -> tuple[ModulePlan, ...]:
         return tuple(module for module in self.modules if module.action == CONVERT)
+
+    @property
+    def frequencies(self) -> dict[str, int]:
+        """Of each converted module, by name."""
+        return {module.name: module.spec.num_frequencies for module in self.converted if module.spec}
 
     @property
     def parameters(self) -> int:
@@ -107,6 +112,10 @@ def resolve_kernel(kernel: KernelRecipe) -> KernelRecipe:
         raise FlexdistillError(
             f"Variant {kernel.variant!r} has as many features as the head size gives; leave kernel.features out."
         )
+    if kernel.features_by != "layer" and not feature_map.takes_frequencies:
+        raise FlexdistillError(
+            f"Variant {kernel.variant!r} has as many features as the head size gives; leave kernel.features_by out."
+        )
     if kernel.frequency_scale and feature_map.frequency_scale is None:
         name = f"Component {component!r}" if component else f"Variant {kernel.variant!r}"
         raise FlexdistillError(f"{name} starts with frequencies of one size; leave kernel.frequency_scale out.")
@@ -118,8 +127,11 @@ def resolve_kernel(kernel: KernelRecipe) -> KernelRecipe:
     )
 
 
-def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
+def make_plan(model: PreTrainedModel, kernel: KernelRecipe, frequencies: Mapping[str, int] | None = None) -> Plan:
     """Finds every attention module by running a tiny forward pass, and decides what becomes of it. Changes nothing.
+
+    Args:
+        frequencies: name of a module -> its number, in the place of the kernel's.
 
     Raises:
         FlexdistillError: if nothing can be converted, or the kernel does not fit the model.
@@ -142,10 +154,11 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe) -> Plan:
     chosen = _chosen(kernel, list(convertible))
     for name, module in convertible.items():
         reasons[module] = chosen[name]
-    modules = (
-        _module_plan(names.get(module, ""), call, kernel, reasons[module], rotary.get(module), module in rotary)
-        for module, (call, *_) in calls.items()
-    )
+    modules = []
+    for module, (call, *_) in calls.items():
+        name = names.get(module, "")
+        own = kernel.model_copy(update={"features": (frequencies or {}).get(name, kernel.features)})
+        modules.append(_module_plan(name, call, own, reasons[module], rotary.get(module), module in rotary))
     linear = sum(reason is None for reason in chosen.values())
     if kernel.keep_softmax >= linear:
         raise FlexdistillError(

@@ -36,7 +36,7 @@ def distill_model(
     plan = checked_plan(recipe, model, accelerator)
     sequences = load_sequences(recipe, model, tokenizer)
     teacher = copy.deepcopy(model).to(accelerator.device)
-    student = make_student(copy.deepcopy(model), plan, sequences, accelerator)
+    student, plan = make_student(recipe, copy.deepcopy(model), plan, sequences, accelerator)
     with tracking(recipe, accelerator) as track, tempfile.TemporaryDirectory() as work:
         stages = run_stages(recipe, student, sequences, accelerator, Path(work), track=track)
     metrics = {"kernel": recipe.kernel.model_dump()} | plan_facts(plan, student)

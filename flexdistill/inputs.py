@@ -13,6 +13,7 @@ from .conversion import Plan, check_sequence_length, make_plan
 from .data import read_documents
 from .distillation.documents import DocumentMasks
 from .distillation.embeddings import has_tied_embeddings
+from .distillation.freedom import check_shareable
 from .distillation.heads import SplitModel
 from .distillation.labels import LabelTraining
 from .distillation.logits import check_adapters
@@ -150,6 +151,8 @@ def checked_plan(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerato
     """
     check_devices(recipe, model, accelerator)
     plan = make_plan(model, recipe.kernel)
+    if recipe.kernel.features_by == "freedom":
+        check_shareable(plan.frequencies)
     check_trainable(recipe, plan, model)
     check_lengths(recipe)
     return plan

@@ -18,13 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from .conversion import Plan, apply_plan, resolve_kernel, restore_softmax
+from .conversion import Plan, apply_plan, make_plan, resolve_kernel, restore_softmax
 from .devices import make_accelerator, peak_memory_bytes
 from .distillation.attention_transfer import AttentionTransfer
 from .distillation.averaging import use_final_weights
 from .distillation.checkpoints import Checkpoint, Checkpoints
 from .distillation.documents import DocumentMasks
 from .distillation.embeddings import retie, untie
+from .distillation.freedom import degrees_of_freedom, shared_frequencies
 from .distillation.labels import LabelTraining
 from .distillation.layer_selection import choose_layers
 from .distillation.logits import LogitDistillation
@@ -78,7 +79,7 @@ def _convert(recipe: Recipe, run: Run) -> dict:
     sequences = load_sequences(recipe, model, tokenizer)
 
     checkpoints, checkpoint = run.begin(recipe, input_hashes(model, sequences), accelerator)
-    student = make_student(model, plan, sequences, accelerator)
+    student, plan = make_student(recipe, model, plan, sequences, accelerator, run.work)
     with tracking(recipe, accelerator) as track:
         stages = run_stages(recipe, student, sequences, accelerator, run.work, checkpoints, checkpoint, track=track)
 
@@ -96,11 +97,43 @@ def _convert(recipe: Recipe, run: Run) -> dict:
     return metrics
 
 
-def make_student(model: PreTrainedModel, plan: Plan, sequences: Sequences, accelerator: Accelerator) -> PreTrainedModel:
-    """The converted model on the accelerator's device, its kernels calibrated to the training text."""
+def make_student(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    plan: Plan,
+    sequences: Sequences,
+    accelerator: Accelerator,
+    work: Path | None = None,
+) -> tuple[PreTrainedModel, Plan]:
+    """The converted model on the accelerator's device, its kernels calibrated to the training text.
+
+    Args:
+        work: folder of a run; a resumed one takes from there what was measured before.
+
+    Returns:
+        the student; and the plan that it follows, with frequencies as they were shared out.
+    """
+    measured = sequences.training[:MEASURED_SEQUENCES]
+    if recipe.kernel.features_by == "freedom":
+        shared = work / "frequencies.json" if work else None
+        if shared is not None and shared.is_file():
+            frequencies = read_json(shared)
+        else:
+            frequencies = _shared_frequencies(model, plan, measured, accelerator)
+            if shared is not None and accelerator.is_main_process:
+                write_json(shared, frequencies)
+        plan = make_plan(model, recipe.kernel, frequencies)
     student = apply_plan(model, plan).to(accelerator.device)
-    measure_kernels(student, sequences.training[:MEASURED_SEQUENCES].to(accelerator.device), accelerator)
-    return student
+    measure_kernels(student, measured.to(accelerator.device), accelerator)
+    return student, plan
+
+
+def _shared_frequencies(
+    model: PreTrainedModel, plan: Plan, sequences: torch.Tensor, accelerator: Accelerator
+) -> dict[str, int]:
+    freedom = degrees_of_freedom(model.to(accelerator.device), list(plan.frequencies), sequences, accelerator)
+    model.cpu()  # kernels start from the numbers that they would have without
+    return shared_frequencies(freedom, plan.frequencies)
 
 
 def run_stages(
@@ -257,10 +290,10 @@ def run_facts(stages: list[dict], started: float, accelerator: Accelerator) -> d
 
 
 def plan_facts(plan: Plan, student: PreTrainedModel) -> dict:
-    """What metrics say of a student's modules: its plan in numbers, and which got softmax attention back."""
+    """What metrics say of a student's modules: plan in numbers, frequencies, and which got softmax attention back."""
     kl_gains = student.config.flexformer.get("kept_softmax", {})
     plan = plan.keeping(kl_gains)
     totals = plan.to_dict()
     del totals["modules"]
     totals |= {"converted": len(plan.converted), "kept": len(plan.modules) - len(plan.converted)}
-    return {"plan": totals, "kept_softmax": kl_gains}
+    return {"plan": totals, "frequencies": plan.frequencies, "kept_softmax": kl_gains}

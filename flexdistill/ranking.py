@@ -33,7 +33,7 @@ def rank_layers(recipe: Recipe) -> dict:
     plan = checked_plan(all_linear, model, accelerator)
     choosing = recipe.override({"kernel.keep_softmax": recipe.kernel.keep_softmax or 1})
     sequences = load_sequences(choosing, model, tokenizer)
-    student = make_student(model, plan, sequences, accelerator)
+    student, _ = make_student(recipe, model, plan, sequences, accelerator)
     with tempfile.TemporaryDirectory() as work:
         run_stages(all_linear, student, sequences, accelerator, Path(work))
     arguments = (sequences.selection, recipe.evaluation.batch_size, accelerator, sequences.recalled)

@@ -58,6 +58,11 @@ class KernelRecipe(Section):
     features: int | None = Field(
         None, ge=1, description="frequencies per head; the map has twice as many features; null: head size"
     )
+    features_by: Literal["layer", "freedom"] = Field(
+        "layer",
+        description="layer: as many frequencies in every layer; freedom: as many in all, shared out by the degrees of "
+        "freedom of each layer's softmax attention",
+    )
     horizon: int | None = Field(
         None, ge=1, description="tokens after which cosFormer's kernel ends; null: the model's positions"
     )

@@ -41,7 +41,8 @@ def repeat_spans(tokens: torch.Tensor, rows: torch.Tensor, share: float) -> torc
             copy = generator.randint(start + size, length - size)
             sequence[copy : copy + size] = sequence[start : start + size].clone()
             origins[copy : copy + size] = positions[start : start + size]
+            known[copy : copy + size - 1] = True
         # copies may have cut others since, and what those were copied from
         whole = (origins >= 0) & (sequence[origins] == sequence)
-        known[:-1] = whole[:-1] & whole[1:] & (origins[1:] == origins[:-1] + 1)
+        known[:-1] &= whole[:-1] & whole[1:] & (origins[1:] == origins[:-1] + 1)
     return recalled

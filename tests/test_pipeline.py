@@ -523,6 +523,8 @@ BAD_KERNELS = [
     ({"variant": "performer", "tied": False}, "queries and keys have nothing to untie; leave --untied out"),
     ({"variant": "cosformer", "horizon": 16}, "Sequences of 32 tokens are longer than the kernel's horizon of 16"),
     ({"variant": "spectraformer", "component": "saderf"}, "so it cannot serve causal attention; choose another one."),
+    ({"variant": "cosformer", "features_by": "freedom"}, "head size gives; leave kernel.features_by out."),
+    ({"features": 7, "features_by": "freedom"}, "7 frequencies are too few to be shared out in 8s; set more"),
     ({"variant": "spectraformer", "matrix": "off"}, "choose one of: fastfood_learnable, gaussian, orf"),
     ({"variant": "spectraformer", "matrix": "mm", "features": 8}, "ask for more features, or choose another matrix."),
 ]
@@ -570,6 +572,34 @@ def test_measured_constants_survive_resuming(sources, tmp_path, interrupt):
     interrupt(None)
     convert(recipe, tmp_path / "resumed", resume=True)
     assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_frequencies_are_shared_out_once(sources, tmp_path, interrupt, monkeypatch):
+    recipe = make_recipe(sources, **{"kernel.features_by": "freedom", "kernel.features": 40})
+    measured = {}
+
+    def measure(*arguments):
+        found = pipeline_measure(*arguments)
+        measured.update({name: figure * (1 + index) for index, (name, figure) in enumerate(found.items())})
+        return measured
+
+    pipeline_measure = pipeline.degrees_of_freedom
+    monkeypatch.setattr(pipeline, "degrees_of_freedom", measure)
+    metrics = convert(recipe, tmp_path / "whole")
+    assert min(measured.values()) > 1
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())["flexformer"]["layers"]
+    sizes = {name: spec["num_frequencies"] for name, spec in config.items()}
+    assert metrics["frequencies"] == sizes and list(sizes.values()) == [24, 56]
+    interrupt(3)
+    with pytest.raises(Interrupted):
+        convert(recipe, tmp_path / "resumed")
+    interrupt(None)
+    monkeypatch.setattr(pipeline, "degrees_of_freedom", lambda *arguments: 1 / 0)  # what was measured is kept
+    convert(recipe, tmp_path / "resumed", resume=True)
+    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+    even = convert(recipe.override({"kernel.features_by": "layer"}), tmp_path / "even")
+    assert set(even["frequencies"].values()) == {40}
+    assert even["plan"]["state_bytes"] == metrics["plan"]["state_bytes"]
 
 
 @pytest.mark.parametrize("variant", ["hedgehog", "stationary"])
