@@ -49,6 +49,7 @@ class Plan:
     model_class: str
     modules: tuple[ModulePlan, ...]
     keep_softmax: int = 0  # of the converted modules, those that will get softmax back after attention transfer
+    shares_frequencies: bool = False  # they will have as many in all, but not each
 
     @property
     def converted(self) -> tuple[ModulePlan, ...]:
@@ -165,7 +166,8 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe, frequencies: Mapping
             f"Of the {linear} layers that become linear, {kernel.keep_softmax} are to stay softmax, which leaves "
             "none; set a smaller --keep-softmax."
         )
-    return Plan(type(model).__name__, tuple(modules), kernel.keep_softmax)
+    shares = kernel.features_by == "freedom" and frequencies is None
+    return Plan(type(model).__name__, tuple(modules), kernel.keep_softmax, shares)
 
 
 def _chosen(kernel: KernelRecipe, names: list[str]) -> dict[str, str | None]:

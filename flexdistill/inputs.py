@@ -151,7 +151,7 @@ def checked_plan(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerato
     """
     check_devices(recipe, model, accelerator)
     plan = make_plan(model, recipe.kernel)
-    if recipe.kernel.features_by == "freedom":
+    if plan.shares_frequencies:
         check_shareable(plan.frequencies)
     check_trainable(recipe, plan, model)
     check_lengths(recipe)

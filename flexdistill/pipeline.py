@@ -114,7 +114,7 @@ def make_student(
         the student; and the plan that it follows, with frequencies as they were shared out.
     """
     measured = sequences.training[:MEASURED_SEQUENCES]
-    if recipe.kernel.features_by == "freedom":
+    if plan.shares_frequencies:
         shared = work / "frequencies.json" if work else None
         if shared is not None and shared.is_file():
             frequencies = read_json(shared)

@@ -80,6 +80,8 @@ def print_plan(plan: Plan) -> None:
             f" A sequence keeps {format_bytes(plan.state_bytes)} of state instead of "
             f"{format_bytes(plan.kv_bytes_per_token)} per token: smaller from {plan.break_even_tokens:,} tokens on."
         )
+    if plan.shares_frequencies:
+        line += " Frequencies will be shared out by degrees of freedom before training."
     if plan.keep_softmax:
         line += f" Of these modules, {plan.keep_softmax} will stay softmax, chosen after attention transfer."
     _console().print(line, soft_wrap=True)
