@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -13,8 +16,8 @@ from .attention_transfer import softmax_weights
 
 # tokens of a sequence that are measured: maps are as large as their square
 _TOKENS = 512
-# a direction counts half where its singular value is a tenth
-_RIDGE = 1e-2
+# a direction counts half where the square of its singular value is as much
+_RIDGE = 0.1
 # frequencies are shared out in so many at a time, at most twice as many as every layer would have
 _UNIT, _MOST = 8, 2
 
@@ -23,10 +26,10 @@ _UNIT, _MOST = 8, 2
 def degrees_of_freedom(
     model: PreTrainedModel, names: list[str], sequences: torch.Tensor, accelerator: Accelerator
 ) -> dict[str, float]:
-    """How many dimensions the softmax attention of some modules has: Tr(A A' (A A' + r)^-1), r = 0.01 (section 3).
+    """How many dimensions the softmax attention of some modules has: Tr(A A' (A A' + r)^-1), r = 0.1.
 
-    A holds the attention weights of a head, in a causal module those of a sequence's second half on its first: what a
-    state has to carry over the middle. The figure is a mean over heads and sequences, on the main process's device.
+    A holds a head's attention weights of all queries on all keys of a sequence, also on later ones: features have to
+    follow them as a function of query and key. The figure is a mean over heads and sequences, from the main process.
 
     Args:
         names: of attention modules, relative to the base model.
@@ -40,9 +43,9 @@ def degrees_of_freedom(
 
     def attend(call: AttentionCall) -> torch.Tensor:
         if call.module in modules:
-            weights, middle = softmax_weights(call), call.query.shape[-2] // 2
-            carried = weights[..., middle:, :middle] if call.causal else weights
-            gram = (carried @ carried.mT).flatten(0, 1).double()
+            with torch.autocast(call.query.device.type, enabled=False):
+                weights = softmax_weights(replace(call, mask=None, arguments=call.arguments | {"is_causal": False}))
+                gram = (weights @ weights.mT).flatten(0, 1).double()
             ridge = _RIDGE * torch.eye(len(gram[0]), dtype=gram.dtype, device=gram.device)
             # Tr(G (G + r)^-1) = size - r Tr((G + r)^-1)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge))
@@ -71,8 +74,9 @@ def check_shareable(even: dict[str, int]) -> None:
 def shared_frequencies(freedom: dict[str, float], even: dict[str, int]) -> dict[str, int]:
     """As many frequencies in all as modules have by themselves, more of them where there is more freedom.
 
-    Eight at a time go to the module that has the most freedom for what it has got (Webster's method). Every module has
-    eight at least and twice its own number at most.
+    Were a module's error its degrees of freedom over its frequencies, all errors together would be least with
+    frequencies proportional to the root of the freedom. Eight at a time go to the module that has the largest root for
+    what it has got (Webster's method). Every module has eight at least and twice its own number at most.
 
     Args:
         freedom: name -> degrees of freedom, positive.
@@ -81,5 +85,5 @@ def shared_frequencies(freedom: dict[str, float], even: dict[str, int]) -> dict[
     units = dict.fromkeys(freedom, 1)
     for _ in range(sum(even.values()) // _UNIT - len(units)):
         growing = [name for name, size in even.items() if _UNIT * (units[name] + 1) <= _MOST * size]
-        units[max(growing, key=lambda name: freedom[name] / (units[name] + 0.5))] += 1
+        units[max(growing, key=lambda name: math.sqrt(freedom[name]) / (units[name] + 0.5))] += 1
     return {name: _UNIT * count for name, count in units.items()}
