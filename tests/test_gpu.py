@@ -21,6 +21,7 @@ from flexdistill.runtime.backend import VARIABLE
 from flexdistill.runtime.configuration_flexformer import KernelSpec
 from flexdistill.runtime.registry import build_feature_map
 
+from .conversions import Interrupted
 from .distillation.stages import log_entries, teacher
 from .runtime.kernels import every_causal_kernel, kernel_spec, rotation
 from .runtime.reference import reference_attention
@@ -184,6 +185,20 @@ def assert_trained_alike(folder, other):
                     assert entry[name] is None
                 else:
                     assert entry[name] == pytest.approx(wanted[name], rel=5e-3), (log.name, wanted["step"], name)
+
+
+@pytest.mark.parametrize("step", [6, 17])
+def test_recorded_training_resumes(tmp_path, interrupt, step):
+    """Interrupted in either stage, after what follows was recorded; resumed, it is recorded anew."""
+    settings = FAST | {f"{stage}.cuda_graphs": True for stage in STAGES} | {"checkpoint.every_steps": 2}
+    recipe = tiny_recipe(tmp_path / "tiny", teacher(), **settings, **{"logit_distillation.validation_every": 3})
+    convert(recipe, tmp_path / "whole")
+    interrupt(step)
+    with pytest.raises(Interrupted):
+        convert(recipe, tmp_path / "resumed")
+    interrupt(None)
+    convert(recipe, tmp_path / "resumed", resume=True)
+    assert_trained_alike(tmp_path / "whole", tmp_path / "resumed")
 
 
 WAITING = """
