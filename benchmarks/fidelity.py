@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import models
 import yaml
 
 from flexdistill.errors import NonFiniteLossError
@@ -49,7 +50,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no row is called {unknown[0]!r}")
     shared = {"model": arguments.model, "data.source": arguments.train, "evaluation.source": arguments.evaluate}
-    shared |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    shared |= models.settings(arguments.set)
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     done = {result["name"] for result in results}
     for name in arguments.rows or rows:

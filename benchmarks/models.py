@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +28,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     found.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     found.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     return found
+
+
+def settings(assignments: list[str]) -> dict:
+    """A recipe's settings as KEY=VALUE, values as YAML has them."""
+    return {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in assignments)}
 
 
 def tokenizer_of(arguments: argparse.Namespace) -> PreTrainedTokenizerBase:

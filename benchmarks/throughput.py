@@ -11,6 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
+import models
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--keep-layers", help="layers that stay softmax, as of convert")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after three that are not")
     ways = ["plain", "decay", "compiled", "compiled+decay", "recorded+decay", "compiled+recorded+decay"]
     parser.add_argument("--ways", nargs="+", default=ways, choices=ways)
@@ -69,7 +71,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, decay: bool, compiled: bool, recorded: bool) -> dict:
     torch.manual_seed(0)
     settings = {"kernel.decay": decay, "kernel.keep_layers": arguments.keep_layers}
-    settings |= {f"{stage}.compile": compiled for stage in STAGES}
+    settings |= {f"{stage}.compile": compiled for stage in STAGES} | models.settings(arguments.set)
     recipe = Recipe.load("smollm2").override(settings | ({"precision": "fp32"} if arguments.tiny else {}))
     accelerator = make_accelerator(recipe.precision)
     model = LlamaForCausalLM(LlamaConfig(**(TINY if arguments.tiny else SHAPE)))
@@ -88,6 +90,7 @@ def measure(arguments: argparse.Namespace, decay: bool, compiled: bool, recorded
         "recorded": recorded,
         "batch": size,
         "keep_layers": arguments.keep_layers,
+        "settings": arguments.set,
         "torch": torch.__version__,
         "teacher_ms": teacher_ms,
         "stages": [],

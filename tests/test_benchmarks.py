@@ -203,10 +203,12 @@ def test_fidelity(models, monkeypatch, capsys, tmp_path):
 def test_throughput(monkeypatch, capsys, tmp_path):
     output = tmp_path / "throughput.json"
     arguments = ["--tiny", "--batch-size", 1, "--length", 8, "--steps", 1, "--ways", "plain", "decay"]
+    arguments += ["--set", "kernel.component=trigonometric"]
     arguments += ["--output", output]
     printed = run_script("throughput.py", monkeypatch, capsys, *arguments)
     results = json.loads(output.read_text())
     assert [result["decay"] for result in results] == [False, True]
+    assert results[0]["settings"] == ["kernel.component=trigonometric"]
     for result in results:
         assert [stage["name"] for stage in result["stages"]] == ["attention_transfer", "logit_distillation"]
         for stage in result["stages"]:

@@ -12,7 +12,7 @@ import torch
 
 from .backend import operators_for
 from .configuration_flexformer import KernelSpec
-from .feature_maps import GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap, Features
+from .feature_maps import DECAYED_GUARD, GATE_UNIT, POSITIVE_GUARD, SIGNED_GUARD, Context, FeatureMap, Features
 from .linear_attention import RowSums, State, bidirectional_sums, causal_sums, quadratic_scores
 from .near import Sinks, far_side, first_visible, near_side, near_sums, repeat, softmax_scores, visible_or_all
 from .rotary import Rotation, both_sides, kernel_side
@@ -275,7 +275,7 @@ def _attention_weights(feature_map, query, key, *, scaling, visible, rotation):
 def _features(feature_map, query, key, scaling, context: Context) -> Features:
     # kernels are defined for logits q.k / sqrt(d); a model that scales otherwise has it moved into its queries
     features = feature_map.features(query * (scaling * query.shape[-1] ** 0.5), key, context)
-    features.decay = feature_map.decay_rates()
+    features.decay, features.signed = feature_map.decay_rates(), feature_map.signed
     if context.visible is not None:
         features.key_log_weight = features.key_log_weight.masked_fill(~context.visible[:, None], -torch.inf)
     return features
@@ -286,7 +286,8 @@ def _normalise(
 ) -> torch.Tensor:
     """Divides by the guarded denominator, shared with the window's where there is one."""
     sees_any = far.maximum > -torch.inf
-    least = SIGNED_GUARD * far.bound if feature_map.signed else POSITIVE_GUARD * sees_any
+    share = DECAYED_GUARD if feature_map.spec.decay else SIGNED_GUARD
+    least = share * far.bound if feature_map.signed else POSITIVE_GUARD * sees_any
     count_guarded((far.denominator < least) & sees_any)
     denominator = torch.maximum(far.denominator, least)
     far_weight = near_weight = torch.ones_like(denominator)

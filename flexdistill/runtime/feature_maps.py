@@ -20,6 +20,9 @@ from .configuration_flexformer import KernelSpec
 # the row's Cauchy-Schwarz bound. Positive features cannot cancel, only underflow: a number, as features and weights
 # are at most 1
 SIGNED_GUARD = 0.01
+# with decay the bound forgets as the features do and is closer: of the sum of all norms, which grows with the text, a
+# row that looks at few tokens has so little that the guard would raise it however clear it is
+DECAYED_GUARD = 0.15
 POSITIVE_GUARD = 1e-30
 # kernel and window may differ by e^4 in mass at first, so the gate between them moves in larger steps than frequencies
 GATE_UNIT = 10.0
@@ -44,6 +47,17 @@ class Features:
     key: torch.Tensor  # (B, S, Tk, F)
     key_log_weight: torch.Tensor  # (B, S, Tk)
     decay: torch.Tensor | None = None  # (S, F), in (0, 1): how fast each feature forgets, per token
+    signed: bool = False  # features can be negative, so that rows need a bound
+
+    def sizes(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What bounds rows: sizes (B, S, Tk, M) of keys, and how fast they are forgotten (S, M), None if they are not.
+
+        Norms, forgotten as slowly as any feature, with M = 1; but absolute features where signed ones decay, M = F.
+        """
+        if self.decay is None or not self.signed:
+            slowest = None if self.decay is None else self.decay.amin(-1, keepdim=True)
+            return self.key.norm(dim=-1, keepdim=True), slowest
+        return self.key.abs(), self.decay
 
 
 @dataclass(frozen=True)

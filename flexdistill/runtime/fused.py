@@ -288,14 +288,14 @@ class FusedAttention:
         output, _, _, guarded, *_, values, norms, maximum = _call(
             feature_map, query, key, value, scaling, visible, spans, state, past, True
         )
-        return output, guarded, values, norms, maximum
+        return output, guarded, values, norms[..., None], maximum
 
     @staticmethod
     def decode(feature_map, query, key, value, scaling, visible, state: State):
         """Output and which rows were guarded; the state is updated in place."""
         scale = scaling * query.shape[-1] ** 0.5
         maps = feature_map.raw_spectrum()
-        return decode_op(query, key, value, visible, *maps, state.values, state.norms, state.maximum, scale)
+        return decode_op(query, key, value, visible, *maps, *_stored(state), scale)
 
 
 def _call(feature_map, query, key, value, scaling, visible, spans, state, past, final, packed=(None, None)):
@@ -307,8 +307,13 @@ def _call(feature_map, query, key, value, scaling, visible, spans, state, past, 
     gate = constant_zeros(spec.num_heads, query.device)
     if spec.window:
         gate = GATE_UNIT * feature_map.window_gate.float()
-    state = (None, None, None) if state is None else (state.values, state.norms, state.maximum)
+    state = (None, None, None) if state is None else _stored(state)
     return attention_op(
         query, key, value, near_query, near_key, visible, spans, *spectrum.query, *spectrum.key, spectrum.decay, gate,
         *state, *packed, spec.causal, spec.window, past, scaling * query.shape[-1] ** 0.5, scaling, final,
     )  # fmt: skip
+
+
+def _stored(state: State) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The state as kernels read and write it: with the one norm per head that it has where they serve."""
+    return state.values, state.norms.squeeze(-1), state.maximum

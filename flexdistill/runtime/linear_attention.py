@@ -9,9 +9,9 @@ with w the keys' log-weights and m_i the largest w_j in sight, so that no expone
 `feature_maps`: queries' features (B, H, T, F), keys' features (B, S, T, F), values (B, S, T, D), S dividing H. A key
 that must not be seen (padding) has log-weight -inf and leaves numerator and denominator alike. Everything is float32.
 
-Features that decay count exp(-decay (i - j)) times, and norms as a feature with the slowest decay would. Within a chunk
-that is a factor of the query's features times one of the key's, both relative to the token before the chunk; no feature
-forgets faster than exp(-1) per token, so the factors of a chunk's 64 tokens are far from the ends of float32.
+Features that decay count exp(-decay (i - j)) times, and what bounds rows likewise. Within a chunk that is a factor of
+the query's features times one of the key's, both relative to the token before the chunk; no feature forgets faster than
+exp(-1) per token, so the factors of a chunk's 64 tokens are far from the ends of float32.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class RowSums:
 
     numerator: torch.Tensor  # (B, H, T, D)
     denominator: torch.Tensor  # (B, H, T)
-    # (B, H, T): |phi(q_i)| sum_j exp(w_j - m_i) |phi(k_j)| >= |denominator| (Cauchy-Schwarz), with the slowest decay
+    # (B, H, T): |phi(q_i)| times the norm of sum_j exp(w_j - m_i) size_j, decayed, with sizes as of `Features.sizes`;
+    # at least |denominator| (Cauchy-Schwarz)
     bound: torch.Tensor
     maximum: torch.Tensor  # (B, H, T): m_i; -inf where a query sees no key
 
@@ -42,7 +43,7 @@ class State:
 
     # (B, S, D + 1, F): sum_j exp(w_j - m) [v_j, 1] phi(k_j)^T, decayed up to the last token
     values: torch.Tensor
-    norms: torch.Tensor  # (B, S): sum_j exp(w_j - m) |phi(k_j)|, by the slowest of the decays
+    norms: torch.Tensor  # (B, S, M): sum_j exp(w_j - m) size_j, decayed likewise; sizes as of `Features.sizes`
     maximum: torch.Tensor  # (B, S): m, the largest log-weight seen
 
     @classmethod
@@ -51,7 +52,7 @@ class State:
         batch, heads, _, size = features.key.shape
         return cls(
             values=features.key.new_zeros(batch, heads, value.shape[-1] + 1, size),
-            norms=features.key.new_zeros(batch, heads),
+            norms=features.key.new_zeros(batch, heads, features.sizes()[0].shape[-1]),
             maximum=features.key.new_full((batch, heads), -torch.inf),
         )
 
@@ -84,39 +85,25 @@ def quadratic_scores(
     log_weight = log_weight.expand(*features.query.shape[:-1], -1).masked_fill(~allowed, -torch.inf)
     maximum = log_weight.detach().amax(-1)
     weight = (log_weight - _finite(maximum)[..., None]).exp()
+    sizes, rates = features.sizes()
+    sizes = sizes.repeat_interleave(groups, dim=1)
     if features.decay is None:
-        products = features.query @ key.transpose(-1, -2)
+        scores, passed = features.query @ key.transpose(-1, -2) * weight, weight @ sizes
     else:
-        products = _decayed_products(features.query, key, features.decay.repeat_interleave(groups, dim=0), delay)
-    scores = products * weight
-    if features.decay is not None:
-        places = [torch.arange(x.shape[-2], device=x.device) for x in (features.query, key)]
-        distance = (places[0][:, None] - places[1] - delay).clamp_min(0)
-        weight = weight * (-_slowest(features.decay).repeat_interleave(groups)[:, None, None] * distance).exp()
-    bound = features.query.norm(dim=-1) * (weight @ key.norm(dim=-1)[..., None]).squeeze(-1)
-    return scores, bound, maximum
-
-
-def _slowest(decay: torch.Tensor) -> torch.Tensor:
-    """(S, F) -> (S,): the rate of the feature that forgets last."""
-    return decay.amin(-1)
-
-
-def _decayed_products(query, key, decay, delay):
-    """sum_f query_if key_jf exp(-decay_f (i - j - delay)) (B, H, Tq, Tk) where i >= j + delay, else anything finite.
-
-    Queries go by in chunks, so that their factors and those of all keys are relative to a token near by.
-    """
-    entered = torch.arange(key.shape[-2], device=key.device) + delay
-    rows = []
-    for start in range(0, query.shape[-2], CHUNK):
-        chunk = query[..., start : start + CHUNK, :]
-        place = torch.arange(chunk.shape[-2], device=query.device)
-        # keys that no query of this chunk sees would grow without limit
-        age = (start - entered).clamp_min(-CHUNK)
-        chunk = chunk * (-decay[:, None] * place[:, None]).exp()
-        rows.append(chunk @ (key * (-decay[:, None] * age[:, None]).exp()).transpose(-1, -2))
-    return torch.cat(rows, dim=-2)
+        decay, rates = (x.repeat_interleave(groups, dim=0)[:, None] for x in (features.decay, rates))
+        # queries go by in chunks, so that their factors and those of all keys are relative to a token near by
+        entered = torch.arange(key.shape[-2], device=key.device)[:, None] + delay
+        rows = []
+        for start in range(0, weight.shape[-2], CHUNK):
+            seen = weight[..., start : start + CHUNK, :]
+            place = torch.arange(seen.shape[-2], device=key.device)[:, None]
+            # keys that no query of this chunk sees would grow without limit
+            age = (start - entered).clamp_min(-CHUNK)
+            query = features.query[..., start : start + CHUNK, :] * (-decay * place).exp()
+            products = query @ (key * (-decay * age).exp()).transpose(-1, -2)
+            rows.append((products * seen, seen @ (sizes * (-rates * age).exp()) * (-rates * place).exp()))
+        scores, passed = (torch.cat(parts, dim=-2) for parts in zip(*rows, strict=True))
+    return scores, features.query.norm(dim=-1) * passed.norm(dim=-1), maximum
 
 
 def quadratic_sums(features: Features, value: torch.Tensor, allowed: torch.Tensor) -> RowSums:
@@ -129,9 +116,9 @@ def quadratic_sums(features: Features, value: torch.Tensor, allowed: torch.Tenso
 def bidirectional_sums(features: Features, value: torch.Tensor) -> RowSums:
     """Row sums of attention in which every query sees every key: one state serves all queries."""
     query = _grouped(features.query, features.key.shape[1])
-    _, state = _summarise(features.key, features.key_log_weight, _with_ones(value), features.key.norm(dim=-1))
+    _, state = _summarise(features.key, features.key_log_weight, _with_ones(value), features.sizes()[0])
     sums = query @ state.values[:, :, None].transpose(-1, -2)
-    bound = query.norm(dim=-1) * state.norms[:, :, None, None]
+    bound = query.norm(dim=-1) * state.norms.norm(dim=-1)[:, :, None, None]
     maximum = state.maximum[:, :, None, None].expand(bound.shape)
     return _ungrouped(sums, bound, maximum)
 
@@ -141,10 +128,10 @@ def recurrent_sums(features: Features, value: torch.Tensor, state: State | None 
     state = state or State.empty(features, value)
     value = _with_ones(value)
     query = _grouped(features.query, features.key.shape[1])
-    norm = features.key.norm(dim=-1)
+    sizes, rates = features.sizes()
     kept = kept_norm = 1.0
     if features.decay is not None:
-        kept, kept_norm = (-features.decay).exp()[:, None], (-_slowest(features.decay)).exp()
+        kept, kept_norm = (-features.decay).exp()[:, None], (-rates).exp()
     rows = []
     for t in range(features.key.shape[-2]):
         log_weight = features.key_log_weight[:, :, t]
@@ -153,11 +140,11 @@ def recurrent_sums(features: Features, value: torch.Tensor, state: State | None 
         update = value[:, :, t, :, None] * (weight[..., None] * features.key[:, :, t])[..., None, :]
         state = State(
             values=decay[..., None, None] * kept * state.values + update,
-            norms=decay * kept_norm * state.norms + weight * norm[:, :, t],
+            norms=decay[..., None] * kept_norm * state.norms + weight[..., None] * sizes[:, :, t],
             maximum=maximum,
         )
         sums = query[:, :, :, t, None] @ state.values[:, :, None].transpose(-1, -2)
-        bound = query[:, :, :, t, None].norm(dim=-1) * state.norms[:, :, None, None]
+        bound = query[:, :, :, t, None].norm(dim=-1) * state.norms.norm(dim=-1)[:, :, None, None]
         rows.append(_ungrouped(sums, bound, maximum[:, :, None, None].expand(bound.shape)))
     fields = ("numerator", "denominator", "bound", "maximum")
     return RowSums(*(torch.cat([getattr(row, name) for row in rows], dim=2) for name in fields)), state
@@ -172,6 +159,7 @@ def chunked_sums(
     query = _grouped(features.query, features.key.shape[1])
     length = query.shape[-2]
     chunk = min(chunk, length)
+    sizes, rates = features.sizes()
     outputs = []
     for start in range(0, length, chunk * CHUNKS_PER_BLOCK):
         block = slice(start, min(start + chunk * CHUNKS_PER_BLOCK, length))
@@ -182,8 +170,10 @@ def chunked_sums(
             _cut(features.key[..., block, :], padding, chunk),
             _cut(features.key_log_weight[..., block, None], padding, chunk, fill=-torch.inf).squeeze(-1),
             _cut(value[..., block, :], padding, chunk),
+            _cut(sizes[..., block, :], padding, chunk),
             state,
             features.decay,
+            rates,
             size,
         )
         outputs.append([x.flatten(3, 4)[:, :, :, :size] for x in rows])
@@ -191,19 +181,19 @@ def chunked_sums(
     return _ungrouped(sums, bound.squeeze(-1), maximum.squeeze(-1)), state
 
 
-def _block_sums(query, key, log_weight, value, state, decay, length):
-    """Chunks (B, S, G, N, C, F), (B, S, N, C, F), (B, S, N, C), (B, S, N, C, D + 1) -> rows and the next state.
+def _block_sums(query, key, log_weight, value, sizes, state, decay, rates, length):
+    """Chunks (B, S, G, N, C, F) of queries, (B, S, N, C, ...) of all else -> rows and the next state.
 
     Of the N C tokens, the first `length` are not padding.
     """
-    query_norm, key_norm = query.norm(dim=-1, keepdim=True), key.norm(dim=-1)
+    query_norm, kept_sizes = query.norm(dim=-1, keepdim=True), 1.0
     if decay is not None:
         place = torch.arange(1, log_weight.shape[-1] + 1, device=key.device)[:, None]
-        elapsed, slowest = decay[:, None, None] * place, _slowest(decay)[:, None, None, None] * place
+        elapsed, elapsed_sizes = decay[:, None, None] * place, rates[:, None, None] * place
         query, key = query * (-elapsed[:, None]).exp(), key * elapsed.exp()
-        query_norm, key_norm = query_norm * (-slowest[:, None]).exp(), key_norm * slowest.squeeze(-1).exp()
+        sizes, kept_sizes = sizes * elapsed_sizes.exp(), (-elapsed_sizes).exp()
     # the running maximum a row sees: that of all earlier chunks, then of its own chunk up to itself
-    chunk_maxima, summaries = _summarise(key, log_weight, value, key_norm)
+    chunk_maxima, summaries = _summarise(key, log_weight, value, sizes)
     maxima = torch.cat([state.maximum[..., None], chunk_maxima], dim=-1)
     before = maxima.cummax(-1).values
     row_maximum = torch.maximum(before[..., :-1, None], log_weight.detach().cummax(-1).values)
@@ -213,7 +203,6 @@ def _block_sums(query, key, log_weight, value, state, decay, length):
     visible = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
     weight = (log_weight[..., None, :] - row_scale[..., None]).masked_fill(~visible, -torch.inf).exp()
     scores = query @ key[:, :, None].transpose(-1, -2) * weight[:, :, None]
-    within_bound = (weight @ key_norm[..., None])[:, :, None]
 
     # states are prefix sums over chunks; a small triangular matrix rescales each chunk to the prefix's maximum
     count = maxima.shape[-1]
@@ -222,19 +211,18 @@ def _block_sums(query, key, log_weight, value, state, decay, length):
     states = torch.cat([state.values[:, :, None], summaries.values], dim=2)
     norms = torch.cat([state.norms[:, :, None], summaries.norms], dim=2)
     if decay is None:
-        prefix, rescale_norms = (rescale @ states.flatten(-2)).unflatten(-1, states.shape[-2:]), rescale
+        prefix, passed = (rescale @ states.flatten(-2)).unflatten(-1, states.shape[-2:]), rescale @ norms
     else:
         prefix = torch.einsum("bsnmf,bsmdf->bsndf", rescale[..., None] * _kept(decay, count, size, length), states)
-        rescale_norms = rescale * _kept(_slowest(decay)[:, None], count, size, length).squeeze(-1)
-    prefix_norm = (rescale_norms @ norms[..., None]).squeeze(-1)
+        passed = torch.einsum("bsnmf,bsmf->bsnf", rescale[..., None] * _kept(rates, count, size, length), norms)
 
-    carried = (before[..., :-1, None] - row_scale).exp()[:, :, None, ..., None]
-    sums = scores @ value[:, :, None] + carried * (query @ prefix[:, :, None, :-1].transpose(-1, -2))
-    bound = within_bound + carried * prefix_norm[:, :, None, :-1, None, None]
-    bound = bound * query_norm
+    carried = (before[..., :-1, None] - row_scale).exp()[..., None]
+    sums = scores @ value[:, :, None] + carried[:, :, None] * (query @ prefix[:, :, None, :-1].transpose(-1, -2))
+    passed_by_row = (weight @ sizes + carried * passed[:, :, :-1, None]) * kept_sizes
+    bound = passed_by_row.norm(dim=-1, keepdim=True)[:, :, None] * query_norm
     maximum = row_maximum[:, :, None, ..., None].expand(bound.shape)
     # copies, because a view would keep the states of all chunks alive
-    last = State(prefix[:, :, -1].clone(), prefix_norm[:, :, -1].clone(), before[..., -1].clone())
+    last = State(prefix[:, :, -1].clone(), passed[:, :, -1].clone(), before[..., -1].clone())
     return (sums, bound, maximum), last
 
 
@@ -249,12 +237,12 @@ def _kept(decay, count, chunk, length):
     return (-decay[:, None, None] * elapsed[..., None]).exp()
 
 
-def _summarise(key, log_weight, value, key_norm):
-    """Keys (..., T, F), log-weights (..., T), values (..., T, D + 1), norms (..., T) -> maxima (...) and `State`."""
+def _summarise(key, log_weight, value, sizes):
+    """Keys (..., T, F), log-weights (..., T), values (..., T, D + 1), sizes (..., T, M) -> maxima (...) and `State`."""
     maximum = log_weight.detach().amax(-1)
     weight = (log_weight - _finite(maximum)[..., None]).exp()
     values = value.transpose(-1, -2) @ (key * weight[..., None])
-    return maximum, State(values, (weight * key_norm).sum(-1), maximum)
+    return maximum, State(values, (weight[..., None] * sizes).sum(-2), maximum)
 
 
 def _finite(maximum: torch.Tensor) -> torch.Tensor:

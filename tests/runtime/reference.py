@@ -2,7 +2,7 @@
 
 import torch
 
-from flexdistill.runtime.feature_maps import SIGNED_GUARD, FeatureMap
+from flexdistill.runtime.feature_maps import DECAYED_GUARD, SIGNED_GUARD, FeatureMap
 
 
 def reference_attention(
@@ -60,9 +60,12 @@ def reference_attention(
         weight = (weight - largest).exp()
         kept = (-elapsed * decay[:, None, None]).exp()
         scores = torch.einsum("bhif,bhjf,hijf->bhij", *features, kept) * weight
-        weight = weight * kept.amax(-1)
-        bound = features[0].norm(dim=-1) * (weight @ features[1].norm(dim=-1)[..., None])[..., 0]
-        total = torch.maximum(scores.sum(-1), SIGNED_GUARD * bound)
+        if spec.decay:
+            passed = torch.einsum("bhij,bhjf,hijf->bhif", weight, features[1].abs(), kept)
+            least = DECAYED_GUARD * features[0].norm(dim=-1) * passed.norm(dim=-1)
+        else:
+            least = SIGNED_GUARD * features[0].norm(dim=-1) * (weight @ features[1].norm(dim=-1)[..., None])[..., 0]
+        total = torch.maximum(scores.sum(-1), least)
     else:
         factor = 0.1 * parameters["norm_factor"]
         factor = factor.repeat_interleave(heads // factor.shape[0], 0)[:, None]

@@ -129,6 +129,7 @@ def test_row_sums_of_wide_kernels(variant, component, key_heads, form):
     value = value.repeat_interleave(feature_map.spec.num_state_heads // KV_HEADS, dim=1)
     with torch.no_grad():
         features = feature_map(query, key)
+        features.decay, features.signed = feature_map.decay_rates(), feature_map.signed
         rows, _ = SUMS[form](features, value)
         expected = quadratic_sums(features, value, torch.ones(150, 150, dtype=torch.bool).tril())
     torch.testing.assert_close(rows.maximum, expected.maximum, rtol=0, atol=0)
@@ -288,8 +289,8 @@ def random_features(length, spread, seed=0, dtype=torch.float32):
     query, key = (torch.rand(1, 2, length, 6, generator=generator) * 0.9 + 0.1 for _ in range(2))
     log_weight = (torch.rand(1, 2, length, generator=generator) * 2 - 1) * spread
     value = torch.randn(1, 2, length, 3, generator=generator)
-    features = Features(query, torch.zeros(1, 2, length), key, log_weight)
-    return Features(*(None if x is None else x.to(dtype) for x in vars(features).values())), value.to(dtype)
+    tensors = (query, torch.zeros(1, 2, length), key, log_weight)
+    return Features(*(x.to(dtype) for x in tensors)), value.to(dtype)
 
 
 @pytest.mark.parametrize("spread", [1, 60, 300])
