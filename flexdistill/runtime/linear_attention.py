@@ -231,9 +231,9 @@ def _kept(decay, count, chunk, length):
 
     Chunk m's state stands as of the token before the chunk, the state before all chunks likewise.
     """
-    ends = (torch.arange(count, device=decay.device) * chunk).clamp_max(length)
-    starts = torch.cat([ends[:1], ends[:-1]])
-    elapsed = (ends[:, None] - starts).clamp_min(0)
+    # not as integers: Inductor of torch 2.11 fails at the indices that it takes them for
+    chunks = torch.arange(count, dtype=decay.dtype, device=decay.device)
+    elapsed = ((chunks * chunk).clamp_max(length)[:, None] - (chunks - 1).clamp_min(0) * chunk).clamp_min(0)
     return (-decay[:, None, None] * elapsed[..., None]).exp()
 
 
