@@ -44,8 +44,8 @@ def flexformer_attention(
         (B, T, H, D) in the query's dtype, and None in place of attention weights.
 
     Raises:
-        ValueError: for a mask that linear attention cannot apply: a 4-D one, or one of its own kind; for keys
-            from elsewhere than the queries.
+        ValueError: for a mask that linear attention cannot apply: a 4-D one, or one of its own kind; for keys that
+            come from elsewhere than the queries.
     """
     cache_layer: FlexformerCacheLayer | None = kwargs.pop(_CACHE_ARGUMENT, None)
     rotation: Rotation | None = kwargs.pop(ROTATION_ARGUMENT, None)

@@ -137,9 +137,9 @@ class PerformerFeatureMap(PositiveRandomFeatureMap):
 class ExponentialRandomFeatureMap(SpectraformerFeatureMap):
     """f(w, x) = (1 - 4A)^(d/4) exp(A |w|^2 + sqrt(1 - 4A) w.x - |x|^2 / 2) (arXiv:2205.15317, section 3.1).
 
-    This is the positive branch, s = 1, for the softmax kernel; s = -1 at A = 0 is TrigRF. The paper's B, C and D follow
-    from A for the estimate to be unbiased. Subclasses give rho > 0 with A = (1 - 1 / rho) / 8, which stays below 1/8,
-    where the variance is finite.
+    This is the positive branch, s = 1, for the softmax kernel; s = -1 at A = 0 is TrigRF. The paper's B, C and D
+    follow from A for the estimate to be unbiased. Subclasses give rho > 0 with A = (1 - 1 / rho) / 8, which stays
+    below 1/8, where the variance is finite.
     """
 
     def inverse_rho(self, parameters: nn.ParameterDict) -> torch.Tensor:
