@@ -5,6 +5,8 @@ python benchmarks/hybrid.py MODEL --data TEXT --evaluate TEXT --output DIR --kee
 
 import argparse
 
+import models
+
 import flexdistill
 from flexdistill.comparison import parse_variant
 from flexdistill.tables import comparison_table, print_table
@@ -23,10 +25,10 @@ def main() -> None:
     parser.add_argument("--recipe", default="smollm2")
     parser.add_argument("--export", action="store_true", help="also write each converted model")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings with __ between sections")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all students")
     arguments = parser.parse_args()
     kernel = parse_variant(arguments.variant)
-    settings = dict(assignment.split("=", 1) for assignment in arguments.set)
+    settings = {key.replace(".", "__"): value for key, value in models.settings(arguments.set).items()}
     count = len(flexdistill.plan(arguments.model, recipe=arguments.recipe).converted)
     variants = [kernel]
     for keep in arguments.keep:

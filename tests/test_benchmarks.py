@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexdistill import pipeline
+from flexdistill.devices import make_accelerator
 from flexdistill.errors import RunInterrupted
 from flexdistill.evaluation import load_converted
+from flexdistill.inputs import checked_plan
+from flexdistill.recipe import Recipe
 from tests.distillation.stages import student, teacher
 from tests.tiny import save_tiny
 
@@ -102,17 +107,19 @@ def test_long_text(benchmark):
 
 def test_hybrid(models, monkeypatch, tmp_path, capsys):
     arguments = [str(models / "teacher"), "--data", "sample", "--evaluate", "sample", "--output", str(tmp_path / "out")]
-    arguments += ["--keep", "1", "--budget", "600", "--set", "data__sequence_length=16", "evaluation__sequences=2"]
-    arguments += ["attention_transfer__batch_size=2", "logit_distillation__batch_size=2"]
-    monkeypatch.setattr(sys, "argv", ["hybrid.py", *arguments])
-    runpy.run_path(str(FOLDER / "hybrid.py"), run_name="__main__")
+    arguments += ["--keep", "1", "--budget", "600"]
+    sizes = {"attention_transfer.batch_size": 2, "logit_distillation.batch_size": 2}
+    for key, value in ({"data.sequence_length": 16, "evaluation.sequences": 2} | sizes).items():
+        arguments += ["--set", f"{key}={value}"]
+    printed = run_script("hybrid.py", monkeypatch, capsys, *arguments)
     results = json.loads((tmp_path / "out" / "compare.json").read_text())["results"]
     assert [result["plan"]["kept"] for result in results] == [0, 1, 1]
     assert [len(result["kept_softmax"]) for result in results] == [0, 1, 0]
-    assert "keep_softmax 1" in capsys.readouterr().out
+    assert "keep_softmax 1" in printed
 
 
-def test_uniform_placement():
+def test_uniform_placement(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
     place = runpy.run_path(str(FOLDER / "hybrid.py"))["all_but_uniform"]
     assert place(8, 2) == "0,1,3,4,5,7" and place(2, 1) == "0"
     for keep in range(1, 30):
@@ -148,6 +155,18 @@ def run_script(name, monkeypatch, capsys, *arguments):
     monkeypatch.syspath_prepend(str(FOLDER))
     runpy.run_path(str(FOLDER / name), run_name="__main__")
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["fidelity.yaml", "levers.yaml"])
+def test_rows_can_be_run(file):
+    heads = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    sizes = {"vocab_size": 96, "hidden_size": 36, "intermediate_size": 64, "max_position_embeddings": 8192}
+    model = LlamaForCausalLM(LlamaConfig(**heads, **sizes, tie_word_embeddings=True))  # SmolLM2-135M, but narrow
+    accelerator = make_accelerator("fp32")
+    for recipe, rows in yaml.safe_load((FOLDER / file).read_text()).items():
+        for settings in rows.values():
+            plan = checked_plan(Recipe.load(recipe).override(settings), model, accelerator)
+            assert len(plan.converted) >= 26
 
 
 def test_fidelity(models, monkeypatch, capsys, tmp_path):
