@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..attention_modes import AttentionCall, attention_function, run_base_model
 from ..runtime.feature_maps import FeatureMap
+from ..runtime.rotary import kernel_side
 from .stage import feature_maps
 
 
@@ -22,8 +23,9 @@ def measure_kernels(model: PreTrainedModel, sequences: torch.Tensor, accelerator
     def attend(call: AttentionCall) -> torch.Tensor:
         feature_map = call.feature_map
         if feature_map is not None and feature_map.measures:
-            query = call.query * (call.scaling * call.query.shape[-1] ** 0.5)
-            found.setdefault(feature_map, []).append(feature_map(query, call.key, type(feature_map).measure))
+            query, key = (kernel_side(x, call.rotation, feature_map.spec) for x in (call.query, call.key))
+            query = query * (call.scaling * call.query.shape[-1] ** 0.5)
+            found.setdefault(feature_map, []).append(feature_map(query, key, type(feature_map).measure))
         return call.softmax()
 
     with attention_function(model, attend), accelerator.autocast():

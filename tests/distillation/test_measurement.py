@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from flexdistill.attention_modes import AttentionCall, record_attention
 from flexdistill.distillation.measurement import measure_kernels
 from flexdistill.distillation.stage import feature_maps
+from flexdistill.runtime.rotary import kernel_side
 from tests.distillation.stages import MAKERS, sequences, student
 
 
@@ -27,6 +28,16 @@ def test_statistics_are_those_of_softmax_activations(name, layers):
         assert not torch.equal(new, old)
         # the models scale by 1 / sqrt(d), so queries are as they come
         torch.testing.assert_close(new, call.feature_map.measure(call.query, call.key))
+
+
+def test_statistics_are_of_what_kernels_see():
+    model = student("llama", variant="spectraformer", component="oprf", matrix="orf", longest_wavelength=0)
+    measure_kernels(model, sequences(), Accelerator(cpu=True))
+    calls = [call for call in record_attention(model, AttentionCall.softmax, sequences()) if call.feature_map]
+    for call, statistic in zip(calls, statistics(model), strict=True):
+        seen = [kernel_side(x, call.rotation, call.feature_map.spec) for x in (call.query, call.key)]
+        torch.testing.assert_close(statistic, call.feature_map.measure(*seen))
+        assert not torch.allclose(statistic, call.feature_map.measure(call.query, call.key), rtol=1e-3)
 
 
 def test_other_kernels_are_left_alone(monkeypatch):
