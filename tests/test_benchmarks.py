@@ -3,6 +3,7 @@
 import json
 import runpy
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -127,27 +128,65 @@ def test_uniform_placement(monkeypatch):
 
 
 def test_parallel(monkeypatch, tmp_path, capsys):
-    """One process in the place of each launched one, on this process's CPU."""
-    output = tmp_path / "parallel.json"
+    """One process in the place of each launched one, on this process's CPU; launches end before the last way."""
+    output, result, launches = tmp_path / "parallel.json", tmp_path / "result.json", []
+    monkeypatch.syspath_prepend(str(FOLDER))
     script = runpy.run_path(str(FOLDER / "parallel.py"))
+    transfer, ddp, fsdp, checkpointing = script["WAYS"]
 
-    def launch(case, number, on_cpu):
-        script["work"](case, output)
-        return {"processes": number} | json.loads(output.read_text())
+    def launch(case, number):
+        launches.append((number, case["ways"]))
+        if (number, case["ways"][0]) == (2, fsdp):
+            return {"ways": {fsdp: {"error": "FlexdistillError: It does not fit."}}}
+        script["work"](case | {"ways": case["ways"][:number]}, result)
+        return json.loads(result.read_text())
 
     monkeypatch.setitem(script["main"].__globals__, "launch", launch)
-    monkeypatch.setattr(sys, "argv", ["parallel.py", "--tiny", "--output", str(output)])
+    arguments = ["--tiny", "--steps", "2", "--warmup", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["parallel.py", *arguments])
     script["main"]()
-    content = json.loads(output.read_text())
-    assert list(content["sharding"]) == ["ddp", "fsdp", "fsdp, gradient checkpointing"]
-    for name in ("attention_transfer", "logit_distillation"):
-        one, two = (run["stages"][name] for run in content["runs"])
-        assert one["losses"] == two["losses"] and len(one["losses"]) == 4 and one["losses"][-1] > 1e-3
-        figure = content["figures"][name]["2"]
-        assert figure == {"speedup": two["tokens_per_s"] / one["tokens_per_s"], "loss_difference": 0.0}
-        assert one["tokens_per_s"] == pytest.approx(4 * 64 / statistics.median(one["step_s"][2:]))
+    # what is left is launched anew
+    left = [[transfer, ddp, fsdp, checkpointing], [fsdp, checkpointing], [checkpointing]]
+    assert launches == [(1, [transfer, ddp]), (1, [ddp]), *((2, ways) for ways in left)]
+    tiny = json.loads(output.read_text())["models"]["tiny"]
+    one, two = (run["ways"] for run in tiny["runs"])
+    assert two.pop(fsdp) == {"error": "FlexdistillError: It does not fit."} and two.keys() == {*one, checkpointing}
+    for way, measured in two.items():
+        base = one[way if way in one else ddp]
+        assert len(measured["step_s"]) == 2
+        assert measured["tokens_per_s"] == pytest.approx(4 * 64 / statistics.median(measured["step_s"]))
+        assert measured["efficiency"] == pytest.approx(measured["tokens_per_s"] / (2 * base["tokens_per_s"]))
+        assert measured["loss_difference"] == 0.0 and measured["curve"] == base["curve"]
+        assert len(measured["curve"]) == 3 and measured["curve"][-1] > 1e-3
+        assert len(measured["peak_memory_bytes"]) == 1 and measured["peak_memory_bytes"][0] > 1e6
+    assert one[transfer]["efficiency"] == 1.0
+    two[ddp]["curve"][1] *= 1.5
+    script["compare"](tiny["runs"])
+    assert two[ddp]["loss_difference"] == pytest.approx(0.5)
     printed = capsys.readouterr().out
-    assert "attention_transfer" in printed and "fsdp" in printed
+    assert "FSDP2: FlexdistillError: It does not fit." in printed
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--table", str(output)])
+    script["main"]()
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_parallel_goes_on_behind_a_failure(told, monkeypatch):
+    """The first error that a process wrote is that of the way under way; where none did, all ways have failed."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = runpy.run_path(str(FOLDER / "parallel.py"))
+
+    def run(command, **settings):
+        result = Path(command[-1])
+        result.write_text(json.dumps({"device": "cpu", "ways": {"a": {}}}))
+        if told:
+            result.with_suffix(".errors").write_text("ValueError: no\nRuntimeError: connection closed\n")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = script["launch"]({"model": "tiny", "ways": ["a", "b", "c"]}, 2)["ways"]
+    unknown = {"error": "exit code 1"}
+    assert found == {"a": {}} | ({"b": {"error": "ValueError: no"}} if told else {"b": unknown, "c": unknown})
 
 
 def run_script(name, monkeypatch, capsys, *arguments):
