@@ -21,7 +21,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -33,7 +32,6 @@ import transformers
 from measure import message
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from flexdistill.attention_modes import AttentionCall, attention_function
 from flexdistill.conversion import apply_plan, make_plan
 from flexdistill.devices import forget_peak_memory, make_accelerator, peak_memory_bytes
 from flexdistill.distillation.attention_transfer import AttentionTransfer
@@ -51,8 +49,7 @@ SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     | dict(num_key_value_heads=2, vocab_size=512),
 }
-# of a process, unless the command line says otherwise
-SIZES = {
+SIZES = {  # of a process, unless the command line says otherwise
     "smollm2": {"length": 2048, "batch_size": 16, "micro_batch_size": 16},
     "1b": {"length": 2048, "batch_size": 8, "micro_batch_size": 2},
     "tiny": {"length": 64, "batch_size": 4, "micro_batch_size": 2},
@@ -125,7 +122,7 @@ def measure(cases: list[dict], processes: list[int], output: Path) -> dict:
             # a way that fails ends its processes, and those after it are launched anew
             while left := [way for way in ways_of(case["model"], number) if way not in run_["ways"]]:
                 started = time.perf_counter()
-                found = launch(case | {"ways": left}, number)
+                found = launch(case | {"ways": left}, number, output.with_suffix(".launch.json"))
                 run_["launches_s"].append(time.perf_counter() - started)
                 run_["ways"] |= found.pop("ways")
                 run_ |= found
@@ -135,10 +132,11 @@ def measure(cases: list[dict], processes: list[int], output: Path) -> dict:
     return content
 
 
-def launch(case: dict, number: int) -> dict:
+def launch(case: dict, number: int, result: Path) -> dict:
     """What the processes measured of each way; behind one that failed nothing, as the others may wait for it.
 
-    Where no process says what the error was, every way that is left has failed.
+    Where no process says what the error was, every way that is left has failed. If this process is stopped, `result`
+    stays and holds the ways that were measured until then.
     """
     print(f"{case['model']} in {number} process(es): {case}", file=sys.stderr, flush=True)
     root = Path(__file__).resolve().parents[1]
@@ -147,17 +145,20 @@ def launch(case: dict, number: int) -> dict:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     if case["model"] == "tiny":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-        command += [__file__, "--worker", json.dumps(case), "--output", str(result)]
-        code = subprocess.run(command, env=environment, stdout=sys.stderr).returncode  # stdout is the table's
-        found = json.loads(result.read_text()) if result.exists() else {"ways": {}}
-        left = [way for way in case["ways"] if way not in found["ways"]]
-        if left and (errors := result.with_suffix(".errors")).exists():
-            found["ways"][left[0]] = {"error": errors.read_text().splitlines()[0]}
-        elif left:
-            found["ways"] |= {way: {"error": f"exit code {code}"} for way in left}
+    errors = result.with_suffix(".errors")
+    for file in (result, errors):
+        file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    command += [__file__, "--worker", json.dumps(case), "--output", str(result)]
+    code = subprocess.run(command, env=environment, stdout=sys.stderr).returncode  # stdout is the table's
+    found = json.loads(result.read_text()) if result.exists() else {"ways": {}}
+    left = [way for way in case["ways"] if way not in found["ways"]]
+    if left and errors.exists():
+        found["ways"][left[0]] = {"error": errors.read_text().splitlines()[0]}
+    elif left:
+        found["ways"] |= {way: {"error": f"exit code {code}"} for way in left}
+    for file in (result, errors):
+        file.unlink(missing_ok=True)
     return found
 
 
@@ -216,8 +217,6 @@ def run(way: str, case: dict, sequences: torch.Tensor, accelerator) -> dict:
         return backward(batch)
 
     stage.backward = whole_micro_batches
-    with attention_function(stage.model, AttentionCall.softmax):
-        pass  # in the place of the last function that transformers was given, which holds the layers that it has seen
     gc.collect()
     torch.cuda.empty_cache()
     forget_peak_memory(device)

@@ -117,20 +117,30 @@ class AttentionCall:
         return self.query.new_zeros(batch, length, heads, self.value.shape[-1])
 
 
+# what `_attend` calls: the last, of contexts that are still open
+_functions: list[Callable[[AttentionCall], torch.Tensor]] = []
+
+
+# not part of what is compiled around it: it may differentiate, and compile parts of its own
+@torch.compiler.disable
+def _attend(module, query, key, value, attention_mask=None, **arguments):
+    rotation = arguments.pop(ROTATION_ARGUMENT, None)
+    return _functions[-1](AttentionCall(module, query, key, value, attention_mask, arguments, rotation)), None
+
+
+AttentionInterface.register(_CUSTOM, _attend)
+AttentionMaskInterface.register(_CUSTOM, flexformer_mask)
+
+
 @contextlib.contextmanager
 def attention_function(model: PreTrainedModel, function: Callable[[AttentionCall], torch.Tensor]) -> Iterator[None]:
     """Every attention module of `model` calls `function`, which gives its output (B, T, H, D), inside the context."""
-
-    # not part of what is compiled around it: it may differentiate, and compile parts of its own
-    @torch.compiler.disable
-    def attend(module, query, key, value, attention_mask=None, **arguments):
-        rotation = arguments.pop(ROTATION_ARGUMENT, None)
-        return function(AttentionCall(module, query, key, value, attention_mask, arguments, rotation)), None
-
-    AttentionInterface.register(_CUSTOM, attend)
-    AttentionMaskInterface.register(_CUSTOM, flexformer_mask)
-    with attention_implementation(model, _CUSTOM):
-        yield
+    _functions.append(function)
+    try:
+        with attention_implementation(model, _CUSTOM):
+            yield
+    finally:
+        _functions.pop()
 
 
 @contextlib.contextmanager

@@ -129,12 +129,12 @@ def test_uniform_placement(monkeypatch):
 
 def test_parallel(monkeypatch, tmp_path, capsys):
     """One process in the place of each launched one, on this process's CPU; launches end before the last way."""
-    output, result, launches = tmp_path / "parallel.json", tmp_path / "result.json", []
+    output, launches = tmp_path / "parallel.json", []
     monkeypatch.syspath_prepend(str(FOLDER))
     script = runpy.run_path(str(FOLDER / "parallel.py"))
     transfer, ddp, fsdp, checkpointing = script["WAYS"]
 
-    def launch(case, number):
+    def launch(case, number, result):
         launches.append((number, case["ways"]))
         if (number, case["ways"][0]) == (2, fsdp):
             return {"ways": {fsdp: {"error": "FlexdistillError: It does not fit."}}}
@@ -171,7 +171,7 @@ def test_parallel(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_parallel_goes_on_behind_a_failure(told, monkeypatch):
+def test_parallel_goes_on_behind_a_failure(told, monkeypatch, tmp_path):
     """The first error that a process wrote is that of the way under way; where none did, all ways have failed."""
     monkeypatch.syspath_prepend(str(FOLDER))
     script = runpy.run_path(str(FOLDER / "parallel.py"))
@@ -184,9 +184,10 @@ def test_parallel_goes_on_behind_a_failure(told, monkeypatch):
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(subprocess, "run", run)
-    found = script["launch"]({"model": "tiny", "ways": ["a", "b", "c"]}, 2)["ways"]
+    found = script["launch"]({"model": "tiny", "ways": ["a", "b", "c"]}, 2, tmp_path / "result.json")["ways"]
     unknown = {"error": "exit code 1"}
     assert found == {"a": {}} | ({"b": {"error": "ValueError: no"}} if told else {"b": unknown, "c": unknown})
+    assert not list(tmp_path.iterdir())
 
 
 def run_script(name, monkeypatch, capsys, *arguments):
