@@ -17,7 +17,13 @@ KERNELS = {
     "stationary": "hyperbolic, decay,\nstationary",
     "Flexformer, purely linear": "hyperbolic, decay,\nnonstationary (default)",
 }
-STUDENTS = ("purely linear", "window 64", "4 softmax layers by KL gain")
+# rows of results by position, and what to call them
+STUDENTS = {
+    "purely linear": "purely linear, 21M tokens",
+    "purely linear, 100M tokens, half as usually written": "purely linear, 100M tokens",
+    "window 64": "window 64, 21M tokens",
+    "4 softmax layers by KL gain": "4 softmax layers by KL gain, 21M tokens",
+}
 
 
 def excesses() -> dict[str, float]:
@@ -33,9 +39,9 @@ def excesses() -> dict[str, float]:
 def perplexities_by_position() -> dict[str, list[tuple[float, float]]]:
     """Of the teacher and its students: (middle of a span of positions, perplexity there)."""
     results = read("quality-smollm2-20m-h200.json")["long_text"]
-    spans = {"teacher": results[STUDENTS[0]]["spans"]["teacher"]}
-    for name in STUDENTS:
-        (spans[name],) = (found for key, found in results[name]["spans"].items() if key != "teacher")
+    spans = {"teacher": results["purely linear"]["spans"]["teacher"]}
+    for name, label in STUDENTS.items():
+        (spans[label],) = (found for key, found in results[name]["spans"].items() if key != "teacher")
     return {
         name: [((span["from"] + span["to"]) / 2, span["perplexity"]) for span in found] for name, found in spans.items()
     }
@@ -59,11 +65,11 @@ def draw(path: Path) -> None:
     bars.set_xticks([0.1, 0.3, 1, 3], ["0.1", "0.3", "1", "3"])
     bars.xaxis.set_minor_formatter(NullFormatter())
     bars.set_title("SmolLM2-135M, purely linear, 1.7M tokens of training")
-    for (name, points), colour in zip(perplexities_by_position().items(), ("k", "C0", "C1", "C2"), strict=True):
+    for (name, points), colour in zip(perplexities_by_position().items(), ("k", "C0", "C3", "C1", "C2"), strict=True):
         lines.plot(*zip(*points, strict=True), "o-", color=colour, label=name)
     lines.axvline(1024, color="0.5", linestyle=":", label="length of training")
     lines.set_xscale("log", base=2)
-    lines.set(yscale="log", xlabel="position", ylabel="perplexity", title="War and Peace, 21M tokens of training")
+    lines.set(yscale="log", xlabel="position", ylabel="perplexity", title="War and Peace")
     lines.set_yticks([20, 30, 40, 60, 100], ["20", "30", "40", "60", "100"])
     lines.yaxis.set_minor_formatter(NullFormatter())
     lines.grid(alpha=0.3)

@@ -283,4 +283,4 @@ def test_picture_of_the_committed_results(tmp_path, monkeypatch):
     excesses = found["excesses"]()
     assert min(excesses, key=excesses.get).endswith("(default)") and round(excesses["Hedgehog"], 3) == 0.819
     lines = found["perplexities_by_position"]()
-    assert len(lines) == 4 and lines["teacher"][-1] == pytest.approx((12288, 104.3), rel=1e-3)
+    assert len(lines) == 5 and lines["teacher"][-1] == pytest.approx((12288, 104.3), rel=1e-3)

@@ -38,7 +38,7 @@ def test_shipped_recipe_fits_a_model(name):
 
 def test_recipes_expected_by_the_documentation_are_shipped():
     expected = ["bert-glue", "default", "demo", "gemma", "gpt2", "llama", "qwen"]
-    expected += ["smollm2", "smollm2-20m", "smollm2-long"]
+    expected += ["smollm2", "smollm2-100m", "smollm2-20m", "smollm2-long"]
     assert shipped_recipes() == expected
 
 
