@@ -118,7 +118,7 @@ def main() -> None:
     student = apply_plan(student, plan).to(accelerator.device)
     sentences = read_sentences(arguments.evaluate, SENTENCES)
     transfer = AttentionTransferRecipe(steps=arguments.attention_steps, batch_size=BATCH)
-    distillation = LogitDistillationRecipe(steps=arguments.embedding_steps, batch_size=BATCH)
+    distillation = LogitDistillationRecipe(steps=arguments.embedding_steps, batch_size=BATCH, kernel_learning_rate=1e-3)
     text = read_documents(DataRecipe(source=arguments.train))
     rows = pack(text, tokenizer, LENGTH - 2, (transfer.steps + distillation.steps) * BATCH)
     ends = [rows.new_full((len(rows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]

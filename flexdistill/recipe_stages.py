@@ -105,6 +105,7 @@ class LogitDistillationRecipe(ModelStageRecipe):
     """Stage 2: the converted model learns the teacher's distribution over the next token."""
 
     steps: int = Field(150, ge=0)
+    kernel_learning_rate: float = Field(2e-3, gt=0)
     train: Literal["full", "lora", "kernels"] = Field("full", description="what is trained beside the kernels")
     temperature: float = Field(1.0, gt=0, description="that teacher's and student's logits are divided by")
     label_weight: float = Field(
