@@ -38,8 +38,8 @@ def test_groups(make):
 
 
 def test_norms_learn_as_the_rest_does_unless_told():
-    stage = logit_distillation(student(), learning_rate=1e-3)
-    assert [group["lr"] for group in stage.optimizer.param_groups] == [1e-3, 1e-3, 1e-3]
+    stage = logit_distillation(student(), learning_rate=1e-3, kernel_learning_rate=3e-3)
+    assert [group["lr"] for group in stage.optimizer.param_groups] == [3e-3, 1e-3, 1e-3]
     lora = logit_distillation(student(), train="lora")
     assert [group["name"] for group in lora.optimizer.param_groups] == ["kernels", "weights"]
 
