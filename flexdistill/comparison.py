@@ -166,6 +166,8 @@ def _run(
 
     def evaluate(tokens: int) -> None:
         row = student_row(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
+        if curve and curve[-1]["tokens"] == tokens:  # the weights that a stage ends with replace its last
+            curve.pop()
         curve.append({"tokens": tokens, **{name: row[name] for name in ("perplexity", "kl", "top1_agreement")}})
 
     if accelerator.is_main_process:

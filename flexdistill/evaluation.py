@@ -98,8 +98,9 @@ def perplexity(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int,
     with accelerator.autocast():
         for batch in sequences.split(batch_size)[accelerator.process_index :: accelerator.num_processes]:
             batch = batch.to(accelerator.device)
-            hidden = split.hidden(batch).flatten(0, 1)
-            sums += _token_sums(split, hidden, split, hidden, batch)[:2]
+            hidden, labels = split.hidden(batch).flatten(0, 1), next_tokens(batch).flatten()
+            for part in _pieces(split, hidden):
+                sums += torch.stack(label_loss(split.logits(hidden[part]), labels[part])).double()
     total, count = accelerator.reduce(sums, reduction="sum").tolist()
     return _exponential(total / count)
 
@@ -119,17 +120,15 @@ def _evaluate(modes: dict, sequences: torch.Tensor, batch_size: int, accelerator
     with torch.no_grad(), accelerator.autocast():
         for batch in batches:
             batch = batch.to(accelerator.device)
-            reference, teacher_hidden = None, None
-            for row, (name, (model, mode)) in enumerate(modes.items()):
+            runs = []
+            for name, (model, mode) in modes.items():
                 split = SplitModel(model)
                 with mode(), count_guards(accelerator.device) as guards:
-                    hidden = split.hidden(batch).flatten(0, 1)
-                if name == TEACHER:
-                    reference, teacher_hidden = split, hidden
+                    runs.append((split, split.hidden(batch).flatten(0, 1)))
                 if name == STUDENT:
                     sums[-1, 0] += guards.guarded
                     sums[-1, 1] += guards.rows
-                sums[row] += _token_sums(split, hidden, reference, teacher_hidden, batch)
+            sums[:-1] += _token_sums(runs, next_tokens(batch).flatten())
     sums = accelerator.reduce(sums, reduction="sum")
     rows = [_row(name, values, causal) for name, values in zip(modes, sums.tolist(), strict=False)]
     guarded, guard_rows = sums[-1, :2].tolist()
@@ -240,19 +239,25 @@ def _name(model: PreTrainedModel, call: AttentionCall) -> str:
     return next(name for name, module in model.base_model.named_modules() if module is call.module)
 
 
-def _token_sums(split, hidden, reference, teacher_hidden, batch) -> torch.Tensor:
-    labels = next_tokens(batch).flatten()
-    mask = torch.ones_like(labels, dtype=torch.bool)
-    sums = torch.zeros(5, dtype=torch.float64, device=batch.device)
-    piece = positions_per_piece(split.model)
-    for start in range(0, len(hidden), piece):
-        part = slice(start, start + piece)
-        logits, expected = split.logits(hidden[part]), reference.logits(teacher_hidden[part])
-        loss, count = label_loss(logits, labels[part])
-        kl, positions = kl_divergence(logits, expected, mask[part])
-        agreement, _ = top1_agreement(logits, expected, mask[part])
-        sums += torch.stack([loss, count, kl, agreement, positions]).double()
+def _token_sums(runs: list[tuple[SplitModel, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
+    """A row of sums for each run, a model and its hidden states (N, E); the first is the teacher's."""
+    sums = torch.zeros(len(runs), 5, dtype=torch.float64, device=labels.device)
+    for part in _pieces(*runs[0]):
+        expected = None
+        for row, (split, hidden) in enumerate(runs):
+            logits = split.logits(hidden[part])
+            expected = logits if expected is None else expected
+            mask = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            kl, positions = kl_divergence(logits, expected, mask)
+            agreement, _ = top1_agreement(logits, expected, mask)
+            sums[row] += torch.stack([*label_loss(logits, labels[part]), kl, agreement, positions]).double()
     return sums
+
+
+def _pieces(split: SplitModel, hidden: torch.Tensor) -> list[slice]:
+    """Spans of hidden states (N, E) whose logits are held at once."""
+    piece = positions_per_piece(split.model)
+    return [slice(start, start + piece) for start in range(0, len(hidden), piece)]
 
 
 def _row(name: str, sums: list[float], causal: bool) -> dict:

@@ -33,12 +33,14 @@ def distill_model(
     set_seed(recipe.seed)
     check_vocabulary(model, tokenizer)
     SplitModel(model)
-    plan = checked_plan(recipe, model, accelerator)
-    sequences = load_sequences(recipe, model, tokenizer)
-    teacher = copy.deepcopy(model).to(accelerator.device)
-    student, plan = make_student(recipe, copy.deepcopy(model), plan, sequences, accelerator)
+    # as `convert` loads it: float32, and without the dropout of a model that is being trained
+    original = copy.deepcopy(model).float().eval()
+    plan = checked_plan(recipe, original, accelerator)
+    sequences = load_sequences(recipe, original, tokenizer)
+    student, plan = make_student(recipe, original, plan, sequences, accelerator)
     with tracking(recipe, accelerator) as track, tempfile.TemporaryDirectory() as work:
         stages = run_stages(recipe, student, sequences, accelerator, Path(work), track=track)
+    teacher = copy.deepcopy(model).float().eval().to(accelerator.device)
     metrics = {"kernel": recipe.kernel.model_dump()} | plan_facts(plan, student)
     metrics |= compare_models(teacher, student, sequences.evaluation, recipe.evaluation.batch_size, accelerator)
     return student, metrics | run_facts(stages, started, accelerator)

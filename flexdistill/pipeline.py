@@ -157,8 +157,8 @@ def run_stages(
         work: folder of the logs and summaries.
         track: called with the figures of each log entry, named STAGE/FIGURE, and the step counted over all stages.
         pause_every: steps between pauses, outside of which a stage holds the model; 0: no pauses.
-        at_pause: called with the number of tokens trained on, before the first step, at each pause and after the last
-            step of each stage; its time does not count as training.
+        at_pause: called with the number of tokens trained on, before the first step, at each pause and after each
+            stage, once it has the weights that it ends with; its time does not count as training.
 
     Returns:
         the stages' summaries.
@@ -227,12 +227,14 @@ def run_stages(
                         update=update,
                         track=functools.partial(_track, track, name, steps_before),
                     )
-                if result["steps"] <= start:  # a validation has ended the stage before
+                if result["steps"] < stop:  # a validation has ended the stage
                     break
-                if pause_every:
+                if stop < recipes[name].steps:
                     at_pause(tokens_before + result["tokens"])
         use_final_weights(stage.optimizer)
         stage.finish()
+        if pause_every:
+            at_pause(tokens_before + result["tokens"])
         summaries.append(result)
         if accelerator.is_main_process:
             write_json(summary, result)

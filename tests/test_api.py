@@ -1,5 +1,6 @@
 """The public functions as a user of the package meets them."""
 
+import copy
 import inspect
 from importlib.resources import files
 
@@ -59,6 +60,31 @@ def test_distill_in_memory_is_a_conversion(folder, tmp_path):
     assert not student.training
     with pytest.raises(flexdistill.FlexdistillError, match="and 4 sinks cover sequences of 16"):
         flexdistill.distill(model, tokenizer, **SHORT, kernel__window=12, kernel__sinks=4)
+
+
+def test_distill_takes_a_model_as_it_is_trained(folder):
+    """In training mode, or in half precision: the student is that of the same weights as `convert` loads them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    original = AutoModelForCausalLM.from_pretrained(folder).bfloat16()
+    given = {"bf16": original, "float32": copy.deepcopy(original).float(), "trained": copy.deepcopy(original).train()}
+    with torch.no_grad():
+        given["trained"].config.attention_dropout = 0.5
+        for module in given["trained"].modules():
+            module.attention_dropout = 0.5
+    results = {name: flexdistill.distill(model, tokenizer, **SHORT) for name, model in given.items()}
+    expected, metrics = results.pop("float32")
+    for name, (student, found) in results.items():
+        assert found["rows"] == metrics["rows"], name
+        assert not student.training and {p.dtype for p in student.parameters()} == {torch.float32}
+        assert all(map(torch.equal, student.state_dict().values(), expected.state_dict().values())), name
+    assert given["trained"].training and given["bf16"].dtype == torch.bfloat16
+
+
+def test_a_student_of_adapters_can_be_trained_further(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    student, _ = flexdistill.distill(model, tokenizer, **SHORT, logit_distillation__train="lora")
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    student(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
 
 
 def test_plans_of_loaded_models_are_those_of_their_folders(folder):

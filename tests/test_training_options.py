@@ -142,6 +142,20 @@ def test_pauses_tell_the_tokens_of_a_stage_that_ends_early(sources, tmp_path):
     assert tokens == sorted(set(tokens))
 
 
+def test_the_last_pause_is_of_the_weights_that_a_stage_ends_with(sources, tmp_path):
+    recipe, course = make_recipe(sources, **{"logit_distillation.ema_decay": 0.9}), []
+    _, tokenizer, model = inputs.load_source(recipe)
+    sequences, accelerator = inputs.load_sequences(recipe, model, tokenizer), make_accelerator("fp32")
+    student = apply_plan(model, make_plan(model, recipe.kernel))
+
+    def pause(tokens):
+        course.append(next(student.parameters()).detach().clone())
+
+    run_stages(recipe, student, sequences, accelerator, tmp_path, pause_every=1, at_pause=pause)
+    assert torch.equal(course[-1], next(student.parameters())) and not torch.equal(course[-2], course[-1])
+    assert len(course) == 1 + sum(stage.steps for stage in recipe.stages.values())
+
+
 @pytest.mark.parametrize(("name", "settings", "message"), BAD_OPTIONS)
 def test_options_that_do_not_fit_change_nothing(sources, tmp_path, name, settings, message):
     with pytest.raises(FlexdistillError, match=message):

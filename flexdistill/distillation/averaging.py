@@ -22,6 +22,11 @@ def copies_kept(recipe: StageRecipe) -> int:
     return 2 + averages + (recipe.patience is not None) + (averages and recipe.validation_every > 0)
 
 
+def has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether any step has moved the weights; an overflow of fp16 skips a step, and the first ones are likely to."""
+    return any(optimizer.state.values())
+
+
 @torch.no_grad()
 def update_average(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
     """Moves the averages, float32, towards the parameters after step `step`, counted from 1.

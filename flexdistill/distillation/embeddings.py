@@ -25,9 +25,14 @@ def untie(model: PreTrainedModel) -> dict[str, str]:
 
 @torch.no_grad()
 def retie(model: PreTrainedModel, tied: dict[str, str]) -> None:
-    """Ties what `untie` returned: both become the mean of the two."""
+    """Ties what `untie` returned: embeddings become the mean of the two.
+
+    All else that was tied, such as an encoder's output bias, has one use, whose copy alone was trained.
+    """
+    embeddings = model.get_input_embeddings().weight
     for target, source in tied.items():
-        model.get_parameter(source).lerp_(model.get_parameter(target), 0.5)
+        weight = model.get_parameter(source)
+        weight.lerp_(model.get_parameter(target), 0.5 if weight is embeddings else 1.0)
     _set_tied(model, True)
     model.tie_weights()
 

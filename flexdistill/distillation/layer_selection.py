@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..attention_modes import AttentionCall, attention_function, softmax_mode
+from ..errors import NonFiniteLossError
 from ..losses import kl_divergence
 from ..runtime.feature_maps import FeatureMap
 from ..runtime.interface import NAME
@@ -88,6 +89,9 @@ def choose_layers(
 
     Returns:
         name relative to the base model -> drop of the KL in nats per token after those before it.
+
+    Raises:
+        NonFiniteLossError: if a KL is NaN or infinite.
     """
     names, chosen = list(converted_modules(student)), []
 
@@ -101,7 +105,7 @@ def choose_layers(
         others = [name for name in names if name not in chosen]
         kept = [[name for name in chosen if name != out] for out in chosen]
         best, least = _best([[*rest, name] for rest in kept for name in others], measured)
-        if least > 0.999 * kl:
+        if least >= 0.999 * kl:
             break
         chosen, kl = best, least
     figures = measured([chosen[:number] for number in range(count + 1)])
@@ -111,6 +115,12 @@ def choose_layers(
 def _best(choices: list[list[str]], measured: Callable[[list[list[str]]], list[float]]) -> tuple[list[str], float]:
     """The choice of the least KL, and that."""
     figures = measured(choices)
+    for choice, figure in zip(choices, figures, strict=True):
+        if not math.isfinite(figure):
+            raise NonFiniteLossError(
+                f"The KL with softmax in {', '.join(choice)} is {figure}, so layers cannot be chosen by it; train the "
+                "kernels at a lower attention_transfer.learning_rate, or name the layers with --keep-layers."
+            )
     least = min(figures)
     return choices[figures.index(least)], least
 

@@ -52,6 +52,8 @@ class LogitDistillation(ModelStage):
         self.model, self._student = model, SplitModel(model)
         self._teacher = SplitModel(self._own_teacher) if self._own_teacher is not None else self._student
         if recipe.train == "lora":
+            # PEFT freezes all of them
+            self._requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
             add_adapters(model, recipe.lora)
         kernels = kernel_parameters(model)
         weights = {}
@@ -125,6 +127,8 @@ class LogitDistillation(ModelStage):
         """Merges the adapters into the weights, or gathers the shards; the model given at first is trained then."""
         if self.recipe.train == "lora":
             merge_adapters(self.model)
+            for parameter, required in self._requires_grad.items():
+                parameter.requires_grad_(required)
         if self._shards:
             gather_into(self._whole, self.model)
             self._whole.to(self.accelerator.device)

@@ -16,7 +16,7 @@ from ..devices import peak_memory_bytes, to_device
 from ..errors import FlexdistillError, NonFiniteLossError
 from ..recipe_stages import StageRecipe
 from ..storage import write_whole
-from .averaging import copies_kept, update_average
+from .averaging import copies_kept, has_stepped, update_average
 from .checkpoints import Checkpoints
 from .micro_batches import MicroBatches
 from .optimizers import learning_rate_factor
@@ -116,10 +116,10 @@ def run_stage(
             stage.scaler.update()
             losses.append(loss)
 
-            done, validated = step + 1, {}
-            if recipe.ema_decay is not None:
+            done, validated, moved = step + 1, {}, has_stepped(optimizer)
+            if recipe.ema_decay is not None and moved:
                 update_average(optimizer, recipe.ema_decay, done)
-            if validations and validations.is_due(done):
+            if validations and validations.is_due(done) and moved:
                 validated = {VALIDATION_LOSS: validations.measure(done, micro_batches, reduce_losses)}
             elapsed = time.perf_counter() - started
             tokens_per_s = (done - start_step) * order.shape[1] * sequences.shape[1] / elapsed

@@ -31,11 +31,15 @@ def test_embeddings_are_trained_apart(name, end, tmp_path):
     source, target = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     mean = (source + target).detach() / 2
     assert not torch.equal(source, target)
+    bias = model.get_output_embeddings().bias
+    trained_bias = None if bias is None else bias.detach().clone()
     if end == "retied":
         retie(model, tied)
         assert has_tied_embeddings(model)
         torch.testing.assert_close(model.get_input_embeddings().weight.detach(), mean)
     expected = logits(model)
+    bias = model.get_output_embeddings().bias
+    assert bias is None or torch.equal(bias, trained_bias)
     model.save_pretrained(tmp_path)
     reloaded = AUTO[name].from_pretrained(tmp_path)
     assert has_tied_embeddings(reloaded) == (end == "retied")

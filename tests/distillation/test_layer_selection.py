@@ -1,3 +1,6 @@
+import contextlib
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -6,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from flexdistill.attention_modes import attention_function, softmax_mode
 from flexdistill.conversion import restore_softmax
 from flexdistill.distillation.layer_selection import choose_layers, converted_modules, kl_with_softmax_in
+from flexdistill.errors import NonFiniteLossError
 from flexdistill.runtime.interface import NAME
 from tests.distillation.stages import MAKERS, assert_equal, parameters, sequences, student
 
@@ -101,6 +105,16 @@ def test_layers_that_gain_only_together_are_found(monkeypatch):
     )
     chosen = choose_layers(model, 2, sequences(), 3, Accelerator(cpu=True))
     assert chosen == {"b": pytest.approx(0.2), "c": pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize("figure", [0.0, math.nan])
+def test_a_choice_among_equals_ends(monkeypatch, figure):
+    module = "flexdistill.distillation.layer_selection"
+    monkeypatch.setattr(f"{module}.kl_with_softmax_in", lambda student, choices, *arguments: [figure] * len(choices))
+    monkeypatch.setattr(f"{module}.converted_modules", lambda model: dict.fromkeys(["a", "b", "c"]))
+    unusable = pytest.raises(NonFiniteLossError, match="The KL with softmax in a is nan")
+    with unusable if math.isnan(figure) else contextlib.nullcontext():
+        assert choose_layers(None, 1, sequences(), 3, Accelerator(cpu=True)) == {"a": 0.0}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
