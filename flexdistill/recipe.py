@@ -160,32 +160,38 @@ def shipped_recipes() -> list[str]:
 
 # settings of a kernel that belong to its variant
 OF_VARIANT = ("component", "matrix", "horizon", "frequency_scale", "tied", "decay", "longest_wavelength")
-# setting -> the settings of its section that are about it, and whether they mean nothing once it has a new value
-_ABOUT: dict[str, tuple[tuple[str, ...], Callable[[Any], bool]]] = {
-    "data.source": (("config", "split", "column", "sources"), lambda source: True),
-    "data.sources": (tuple(TextRecipe.model_fields), lambda sources: sources is not None),
-    "evaluation.source": (("config", "split", "column"), lambda source: True),
-    "kernel.window": (("sinks",), lambda window: not window),
-    "kernel.variant": (OF_VARIANT, lambda variant: True),
-    "kernel.component": (("frequency_scale",), lambda component: component not in (None, "hyperbolic")),
+
+
+def _if(ignores: Callable[[Any], bool], *names: str) -> Callable[[Any], tuple[str, ...]]:
+    return lambda value: names if ignores(value) else ()
+
+
+# setting -> the settings of its section that mean nothing once it has a new value
+_IGNORED: dict[str, Callable[[Any], tuple[str, ...]]] = {
+    "data.source": lambda source: ("config", "split", "column", "sources"),
+    "data.sources": _if(lambda sources: sources is not None, *TextRecipe.model_fields),
+    "evaluation.source": lambda source: ("config", "split", "column"),
+    "kernel.window": _if(lambda window: not window, "sinks"),
+    "kernel.variant": lambda variant: OF_VARIANT,
+    "kernel.component": _if(lambda component: component not in (None, "hyperbolic"), "frequency_scale"),
     **{
-        f"{stage}.{name}": ((other,), lambda value: value is not None)
+        f"{stage}.{name}": _if(lambda value: value is not None, other)
         for stage in STAGES
         for name, other in (("max_memory", "micro_batch_size"), ("micro_batch_size", "max_memory"))
     },
-    "logit_distillation.train": (IGNORED_BY_TRAIN["kernels"], lambda train: train == "kernels"),
+    "logit_distillation.train": lambda train: IGNORED_BY_TRAIN.get(str(train), ()),
     **{
-        f"{stage}.schedule": (("final_learning_rate_ratio",), lambda schedule: schedule == "constant")
+        f"{stage}.schedule": _if(lambda schedule: schedule == "constant", "final_learning_rate_ratio")
         for stage in STAGES
     },
 }
 
 
 def _forget_ignored(nested: dict[str, Any], key: str, settings: dict[str, Any]) -> None:
-    names, ignored = _ABOUT.get(key, ((), bool))
     section = key.rpartition(".")[0]
-    for name in names:
-        if ignored(settings[key]) and f"{section}.{name}" not in settings and isinstance(nested.get(section), dict):
+    for name in _IGNORED.get(key, lambda value: ())(settings[key]):
+        given = any(f"{other}.".startswith(f"{section}.{name}.") for other in settings)
+        if not given and isinstance(nested.get(section), dict):
             nested[section].pop(name, None)
 
 

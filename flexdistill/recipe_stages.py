@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from .recipe_sections import Section
 
@@ -114,7 +114,9 @@ class LogitDistillationRecipe(ModelStageRecipe):
     hidden_state_weight: float = Field(
         0.0, ge=0, description="weight of the relative error of each layer's hidden states, added to the loss"
     )
-    lora: LoraRecipe | None = Field(None, description="only with train: lora")
+    lora: LoraRecipe | None = Field(
+        None, validate_default=True, description="only with train: lora; null: its defaults there"
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="whole models in every process, or (only with train: full) sharded over them by FSDP2"
     )
@@ -123,12 +125,13 @@ class LogitDistillationRecipe(ModelStageRecipe):
         False, description="keep layers' inputs only, and run layers again in the backward pass"
     )
 
+    @field_validator("lora")
+    @classmethod
+    def _defaults_where_used(cls, value: LoraRecipe | None, info: ValidationInfo) -> LoraRecipe | None:
+        return LoraRecipe() if value is None and info.data.get("train") == "lora" else value
+
     @model_validator(mode="after")
     def _used_settings_only(self) -> LogitDistillationRecipe:
-        if self.lora is not None and self.train != "lora":
-            raise ValueError(
-                f"lora is set but train is {self.train!r}, which would ignore it; set train: lora or remove lora"
-            )
         if self.parallel == "fsdp" and self.train != "full":
             raise ValueError(f"parallel: fsdp shards what train: full trains, and train is {self.train!r}; set ddp")
         if self.parallel == "fsdp" and self.cuda_graphs:
@@ -136,16 +139,16 @@ class LogitDistillationRecipe(ModelStageRecipe):
         if self.cpu_offload and self.parallel != "fsdp":
             raise ValueError("cpu_offload is ignored with parallel: ddp; set parallel: fsdp or remove cpu_offload")
         for name in IGNORED_BY_TRAIN[self.train]:
-            if name in self.model_fields_set:
-                raise ValueError(f"{name} is ignored with train: {self.train}; set kernel_learning_rate or remove it")
+            if name in self.model_fields_set and getattr(self, name) is not None:
+                raise ValueError(f"{name} is ignored with train: {self.train}; set another train or remove it")
         return self
 
 
-# what means nothing where only adapters or kernels are trained
+# what means nothing where all weights, or only adapters or kernels, are trained
 IGNORED_BY_TRAIN = {
-    "full": (),
+    "full": ("lora",),
     "lora": ("norm_learning_rate",),
-    "kernels": ("learning_rate", "norm_learning_rate", "weight_decay"),
+    "kernels": ("lora", "learning_rate", "norm_learning_rate", "weight_decay"),
 }
 
 

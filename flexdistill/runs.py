@@ -261,7 +261,7 @@ def _being_written(work: Path) -> FlexdistillError:
 
 def _check_same_recipe(before: Recipe, now: Recipe) -> None:
     old, new = (flat(recipe.model_dump(exclude=INDECISIVE)) for recipe in (before, now))
-    differing = [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in new if old.get(key) != new.get(key)]
+    differing = [f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in new | old if old.get(key) != new.get(key)]
     if differing:
         raise FlexdistillError(
             f"The unfinished run used another recipe: {', '.join(differing)}; use the same settings to resume, or "

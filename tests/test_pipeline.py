@@ -342,6 +342,17 @@ def test_resume_with_another_recipe_is_refused(sources, tmp_path, interrupt):
     assert listing(tmp_path) == before
 
 
+def test_resume_with_other_adapters_is_refused(sources, tmp_path, interrupt):
+    adapters = {"logit_distillation.train": "lora"}
+    interrupt(4)
+    with pytest.raises(Interrupted):
+        convert(make_recipe(sources, **adapters, **{"logit_distillation.lora.rank": 4}), tmp_path / "out")
+    interrupt(None)
+    for settings, message in ((adapters, r"lora.rank \(4, now 8\); use"), ({}, r"lora.rank \(4, now None\)")):
+        with pytest.raises(FlexdistillError, match=f"another recipe: .*{message}"):
+            convert(make_recipe(sources, **settings), tmp_path / "out", resume=True)
+
+
 def test_resume_without_a_run_is_refused(sources, tmp_path):
     with pytest.raises(FlexdistillError, match="no unfinished run in .*out.partial to resume; leave --resume out"):
         convert(make_recipe(sources), tmp_path / "out", resume=True)

@@ -78,7 +78,11 @@ def test_yaml_round_trip_where_a_setting_would_be_ignored(settings, tmp_path):
         ({"kernel.window": -1}, "kernel.window"),
         ({"kernel.sinks": 4}, "sinks are tokens beside a softmax window; set a window or remove sinks"),
         ({"kernel.key_heads": "all"}, "'query' or 'kv'"),
-        ({"logit_distillation.lora": {"rank": 4}}, "lora is set but train is 'full'"),
+        ({"logit_distillation.lora": {"rank": 4}}, "lora is ignored with train: full"),
+        (
+            {"logit_distillation.train": "kernels", "logit_distillation.lora.rank": 4},
+            "lora is ignored with train: kernels",
+        ),
         ({"logit_distillation.parallel": "fsdp", "logit_distillation.train": "lora"}, "train is 'lora'; set ddp"),
         ({"logit_distillation.cpu_offload": True}, "cpu_offload is ignored with parallel: ddp"),
         ({"attention_transfer.max_memory": "lots"}, "attention_transfer.max_memory"),
@@ -210,3 +214,20 @@ def test_another_kernel_forgets_the_scale_of_frequencies(setting):
     assert recipe.override(setting).kernel.frequency_scale is None
     assert recipe.override(setting | {"kernel.frequency_scale": 0.3}).kernel.frequency_scale == 0.3
     assert recipe.override({"kernel.component": "hyperbolic"}).kernel.frequency_scale == 0.5
+
+
+def test_another_way_of_training_forgets_what_it_ignores(tmp_path):
+    """Also where the recipe is that of a result, which has every setting."""
+    adapters = Recipe().override({"logit_distillation.train": "lora", "logit_distillation.lora.rank": 4})
+    (tmp_path / "recipe.yaml").write_text(adapters.to_yaml())
+    for recipe in (adapters, Recipe.load(tmp_path / "recipe.yaml")):
+        assert recipe.override({"logit_distillation.train": "full"}).logit_distillation.lora is None
+    norms = Recipe().override({"logit_distillation.norm_learning_rate": 1e-3})
+    assert norms.override({"logit_distillation.train": "lora"}).logit_distillation.norm_learning_rate is None
+
+
+def test_adapters_that_are_not_described_have_defaults():
+    default, described = ({"logit_distillation.train": "lora"} | lora for lora in ({}, {"logit_distillation.lora": {}}))
+    assert Recipe().override(default) == Recipe().override(described)
+    assert Recipe().override(default | {"logit_distillation.lora": None}).logit_distillation.lora.rank == 8
+    assert Recipe().logit_distillation.lora is None
