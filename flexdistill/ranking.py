@@ -28,9 +28,9 @@ def rank_layers(recipe: Recipe) -> dict:
     accelerator = make_accelerator(recipe.precision)
     set_seed(recipe.seed)
     _, tokenizer, model = load_source(recipe)
-    later = {"logit_distillation.steps": 0, "label_training.steps": 0}
-    all_linear = recipe.override({"kernel.keep_softmax": 0} | later)
-    plan = checked_plan(all_linear, model, accelerator)
+    kernels_only = recipe.override({"logit_distillation.steps": 0, "label_training.steps": 0})
+    plan = checked_plan(kernels_only, model, accelerator)
+    all_linear = kernels_only.override({"kernel.keep_softmax": 0})
     choosing = recipe.override({"kernel.keep_softmax": recipe.kernel.keep_softmax or 1})
     sequences = load_sequences(choosing, model, tokenizer)
     student, _ = make_student(recipe, model, plan, sequences, accelerator)
