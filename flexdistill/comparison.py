@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ from .pipeline import make_student, plan_facts, run_facts, run_stages
 from .plots import has_matplotlib, plot_comparison
 from .recipe import OF_VARIANT, STAGES, KernelRecipe, Recipe
 from .recipe_sections import parse_yaml
-from .runs import COMPARISON, INDECISIVE, check_output
-from .storage import expanded, write_json
+from .runs import COMPARISON, INDECISIVE, check_output, writing_alone
+from .storage import empty, expanded, write_json
 from .tables import comparison_table, markdown_table
 
 Variant = str | dict[str, Any]
@@ -84,8 +84,8 @@ def compare(
     output = expanded(output).resolve()
     check_output(output, overwrite=overwrite or resume, resume=resume, inputs=recipe.inputs)
     entries = make_entries(recipe if budget is None else recipe.with_budget(budget), variants, windows)
-    with disk_errors(output):
-        return _compare(recipe, entries, output, budget, points, export_models, resume)
+    with disk_errors(output), contextlib.ExitStack() as held:
+        return _compare(recipe, entries, output, budget, points, export_models, resume, held)
 
 
 def _compare(
@@ -96,6 +96,7 @@ def _compare(
     points: int,
     export_models: bool,
     resume: bool,
+    held: contextlib.ExitStack,
 ) -> dict:
     if recipe.logit_distillation.parallel == "fsdp":
         raise FlexdistillError(
@@ -112,17 +113,22 @@ def _compare(
     keys = {entry.name: _key(entry, inputs, points, export_models) for entry in entries}
     kept = _kept_results(output, keys) if resume else {}
 
-    accelerator.wait_for_everyone()  # all have checked the output before it changes
-    if accelerator.is_main_process:
-        if not resume:
-            shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True, exist_ok=True)
-    teacher.to(accelerator.device)
     comparison = {
         "model": source.name,
         "budget_tokens": budget,
         "evaluated_on": recipe.evaluation.source or f"{recipe.data.name} (held out)",
+        "results": [],
     }
+
+    accelerator.wait_for_everyone()  # all have checked the output before it changes
+    if accelerator.is_main_process:
+        held.enter_context(writing_alone(output))
+        if not resume:
+            output.mkdir(parents=True, exist_ok=True)
+            # first, so that --overwrite and --resume know the folder wherever the first entry stops
+            write_json(output / RESULTS, comparison)
+            empty(output, but=RESULTS)
+    teacher.to(accelerator.device)
     results = dict(kept)
     for entry in entries:
         if entry.name in kept:

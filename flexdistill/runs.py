@@ -19,7 +19,7 @@ from .errors import FlexdistillError, disk_errors
 from .recipe import Recipe
 from .recipe_sections import flat
 from .runtime.configuration_flexformer import MODEL_TYPE
-from .storage import expanded, write_json, write_whole
+from .storage import empty, expanded, write_json, write_whole
 
 # written last, so that a run that has it has all that --resume needs
 RECIPE = "recipe.yaml"
@@ -114,11 +114,7 @@ class Run:
 
     def _empty(self) -> None:
         (self.work / RECIPE).unlink(missing_ok=True)  # first, so that a run that is half removed is none
-        for path in self.work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != _LOCK:
-                path.unlink()
+        empty(self.work, but=_LOCK)
 
 
 @contextlib.contextmanager
@@ -204,6 +200,24 @@ def locked(work: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def writing_alone(output: Path) -> Iterator[None]:
+    """No other run may write `output` inside the context; for a result that grows in its own place.
+
+    Raises:
+        FlexdistillError: if another process has it.
+    """
+    work = working_folder(output)
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work):
+        try:
+            yield
+        finally:
+            (work / _LOCK).unlink()
+            with contextlib.suppress(OSError):  # an unfinished run that stood there stays
+                work.rmdir()
 
 
 def read_json(file: Path) -> dict:

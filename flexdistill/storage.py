@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def _finite(value: Any) -> Any:
 def write_json(file: Path, value: dict) -> None:
     """`write_whole` of a value as JSON."""
     write_whole(file, to_json(value) + "\n")
+
+
+def empty(folder: Path, *, but: str) -> None:
+    """Removes all that a folder holds except the file `but`."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != but:
+            path.unlink()
 
 
 def sync(path: Path) -> None:

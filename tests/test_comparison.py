@@ -117,6 +117,35 @@ def test_an_interrupted_comparison_loses_nothing(sources, tmp_path, monkeypatch)
     assert [entry["name"] for entry in kept] == ["hedgehog, no window"]
 
 
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_one_that_stopped_in_its_first_entry_is_no_obstacle(sources, tmp_path, monkeypatch, how):
+    def interrupted(*args, **kwargs):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison_module, "run_stages", interrupted)
+        with pytest.raises(Interrupted):
+            compare(make_recipe(sources), ["hedgehog"], tmp_path / "out", points=0)
+    with pytest.raises(FlexdistillError, match="not empty; choose another --output, or pass --overwrite"):
+        compare(make_recipe(sources), ["hedgehog"], tmp_path / "out", points=0)
+    assert len(compare(make_recipe(sources), ["hedgehog"], tmp_path / "out", points=0, **{how: True})["results"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_comparisons_do_not_write_one_folder(sources, tmp_path, monkeypatch):
+    run = comparison_module._run
+
+    def meanwhile(*args):
+        monkeypatch.setattr(comparison_module, "_run", run)
+        for flag in ("overwrite", "resume"):
+            with pytest.raises(FlexdistillError, match="Another process is writing"):
+                compare(make_recipe(sources), ["hedgehog"], tmp_path / "out", points=0, **{flag: True})
+        return run(*args)
+
+    monkeypatch.setattr(comparison_module, "_run", meanwhile)
+    assert len(compare(make_recipe(sources), ["hedgehog"], tmp_path / "out", points=0)["results"]) == 1
+
+
 def test_results_of_other_settings_are_refused(sources, tmp_path):
     compare(make_recipe(sources), ["hedgehog"], tmp_path / "out", points=0)
     before = (tmp_path / "out" / "compare.json").read_bytes()
