@@ -218,8 +218,8 @@ def _read_mixture(recipe: Recipe, tokenizer, held_out: int) -> tuple[TokenRows, 
             begin = (trained + held_back if len(stream) >= needed else held_back) * length
             labels.append(cut(stream[begin:], label_length, max(label_count, 1)))
     held_out_rows = TokenRows(tuple(held), weights).in_turn()
-    training = TokenRows(tuple(kept), weights, data.repeats)
-    return training, held_out_rows, TokenRows(tuple(labels), weights) if label_rows else None
+    training, for_labels = (TokenRows(tuple(rows), weights, data.repeats) for rows in (kept, labels))
+    return training, held_out_rows, for_labels if label_rows else None
 
 
 def input_hashes(model: PreTrainedModel, sequences: Sequences) -> dict[str, str]:

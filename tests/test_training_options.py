@@ -156,6 +156,17 @@ def test_the_last_pause_is_of_the_weights_that_a_stage_ends_with(sources, tmp_pa
     assert len(course) == 1 + sum(stage.steps for stage in recipe.stages.values())
 
 
+def test_spans_come_again_in_every_stage(sources):
+    _, tokenizer, model = inputs.load_source(make_recipe(sources))
+    plain, repeating = (
+        inputs.load_sequences(make_recipe(sources, **LABELS, **{"data.repeats": share}), model, tokenizer)
+        for share in (0.0, 1.0)
+    )
+    for one, other in ((plain.training, repeating.training), (plain.labels, repeating.labels)):
+        assert (one[:] != other[:]).any(1).all()
+    assert torch.equal(plain.evaluation, repeating.evaluation)
+
+
 @pytest.mark.parametrize(("name", "settings", "message"), BAD_OPTIONS)
 def test_options_that_do_not_fit_change_nothing(sources, tmp_path, name, settings, message):
     with pytest.raises(FlexdistillError, match=message):
