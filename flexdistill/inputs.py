@@ -99,6 +99,11 @@ def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerat
         repeated_layers(model)
     if logits.parallel != "fsdp":
         return
+    if processes == 1:
+        raise FlexdistillError(
+            "--parallel fsdp shards a model over several processes and there is one; set --num-processes, or leave "
+            "--parallel and cpu_offload out."
+        )
     if accelerator.mixed_precision == "fp16":
         raise FlexdistillError("--parallel fsdp has no gradient scaler for fp16; set --precision bf16.")
     if logits.batch_size % processes:

@@ -265,7 +265,8 @@ def test_sharded_conversion_on_two_gpus(tmp_path, cpu_offload):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    one = convert(recipe.override({"logit_distillation.cpu_offload": False}), tmp_path / "one")
+    whole = {"logit_distillation.parallel": "ddp", "logit_distillation.cpu_offload": False}
+    one = convert(recipe.override(whole), tmp_path / "one")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["num_processes"] == 2 and two["student"]["kl"] == pytest.approx(one["student"]["kl"], rel=1e-3)
 

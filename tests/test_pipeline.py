@@ -74,7 +74,7 @@ def test_two_processes_equal_one(sources, tmp_path, parallel):
         assert [process.wait() for process in processes] == [0, 0], processes[0].stderr + processes[1].stderr
         stdout, stderr = ("".join(getattr(p, name) for p in processes) for name in ("stdout", "stderr"))
     assert stdout.count("Attention KL") == 1 and stderr == ""
-    one = convert(recipe, tmp_path / "one")
+    one = convert(recipe.override({"logit_distillation.parallel": "ddp"}), tmp_path / "one")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     actual, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
@@ -111,6 +111,7 @@ def test_whoever_may_read_the_configuration_may_read_the_weights(results):
     [
         (3, "no", "as many sequences in each of the 3 processes, and batches have 2; set a --batch-size"),
         (2, "fp16", "no gradient scaler for fp16; set --precision bf16"),
+        (1, "no", "shards a model over several processes and there is one; set --num-processes, or leave"),
     ],
 )
 def test_what_sharding_cannot_do_is_refused(sources, processes, precision, message):
