@@ -121,8 +121,8 @@ def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerat
 def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
     """Raises FlexdistillError if a stage or setting has nothing to work on in this model.
 
-    That is: kernels alone where they have no parameters, labels where the next token is not predicted, tied embeddings
-    where there are none or they are not trained.
+    That is: kernels alone where they have no parameters, labels where the next token is not predicted, and what
+    `check_embeddings` finds.
     """
     logits, labels = recipe.logit_distillation, recipe.label_training
     if not plan.parameters and logits.steps and logits.train == "kernels":
@@ -134,6 +134,11 @@ def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
         check_adapters(model, logits.lora)
     if labels.steps:
         check_labels(model, plan.converted, "set label_training.steps to 0")
+    check_embeddings(recipe, model)
+
+
+def check_embeddings(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raises FlexdistillError if embeddings are to be untied that are not tied, or that no stage trains."""
     if recipe.tied_embeddings == "tied":
         return
     if not has_tied_embeddings(model):
@@ -141,7 +146,8 @@ def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no output embeddings that are tied to its input embeddings; leave "
             "tied_embeddings out."
         )
-    if not labels.steps and not (logits.steps and logits.train == "full"):
+    logits = recipe.logit_distillation
+    if not recipe.label_training.steps and not (logits.steps and logits.train == "full"):
         raise FlexdistillError(
             "No stage trains the embeddings, so untying them would change nothing; leave tied_embeddings out, or set "
             "logit_distillation.train to full."

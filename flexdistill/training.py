@@ -12,7 +12,7 @@ from .distillation.model_stage import check_labels
 from .errors import FlexdistillError
 from .evaluation import load_converted, perplexity
 from .export import export, trained_model_card
-from .inputs import check_devices, input_hashes, load_sequences
+from .inputs import check_devices, check_embeddings, input_hashes, load_sequences
 from .pipeline import run_facts, run_stages
 from .recipe import Recipe
 from .runs import Run, open_run
@@ -53,6 +53,7 @@ def _train(recipe: Recipe, run: Run) -> dict:
     check_vocabulary(model, tokenizer)
     check_labels(model, model.config.kernel_specs.values(), "train it with transformers' Trainer")
     check_devices(recipe, model, accelerator)
+    check_embeddings(recipe, model)
     sequences = load_sequences(recipe, model, tokenizer)
 
     checkpoints, checkpoint = run.begin(recipe, input_hashes(model, sequences), accelerator)

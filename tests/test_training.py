@@ -205,3 +205,9 @@ def test_trainer_trains_it(name, tmp_path):
     with torch.no_grad():
         tokens = Tokens()[0]["input_ids"][None]
         assert torch.equal(reloaded(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
+
+
+def test_embeddings_that_are_not_tied_cannot_be_untied(untrained, sources, tmp_path):
+    with pytest.raises(FlexdistillError, match="no output embeddings that are tied.*leave tied_embeddings out"):
+        train(untrained, tmp_path / "out", sources, tied_embeddings="untied")
+    assert not list(tmp_path.glob("out*"))
