@@ -24,6 +24,7 @@ from .mixture import TokenRows, turns_of
 from .packing import cut, pack, separator_of, split_held_out
 from .recipe import STAGES, Recipe
 from .repeats import repeat_spans
+from .runtime.registry import feature_map_class
 from .sources import ModelSource, check_vocabulary, load_model, load_tokenizer, resolve_model
 from .token_cache import cache_folder, read_tokens
 
@@ -121,10 +122,16 @@ def check_devices(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerat
 def check_trainable(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> None:
     """Raises FlexdistillError if a stage or setting has nothing to work on in this model.
 
-    That is: kernels alone where they have no parameters, labels where the next token is not predicted, and what
-    `check_embeddings` finds.
+    That is: the negative mass of positive kernels, kernels alone where they have no parameters, labels where the next
+    token is not predicted, and what `check_embeddings` finds.
     """
-    logits, labels = recipe.logit_distillation, recipe.label_training
+    transfer, logits, labels = recipe.attention_transfer, recipe.logit_distillation, recipe.label_training
+    kernels = [feature_map_class(m.spec.variant, m.spec.component) for m in plan.converted if m.spec]
+    if transfer.steps and transfer.negative_mass_weight is not None and not any(kernel.signed for kernel in kernels):
+        raise FlexdistillError(
+            f"Features of variant {recipe.kernel.variant!r} have no negative mass, as they are not signed; leave "
+            "attention_transfer.negative_mass_weight out."
+        )
     if not plan.parameters and logits.steps and logits.train == "kernels":
         raise FlexdistillError(
             f"Variant {recipe.kernel.variant!r} has no parameters, so train: kernels has nothing to train; set "

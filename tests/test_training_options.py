@@ -107,6 +107,7 @@ def test_embeddings_are_trained_apart(sources, tied_source, tmp_path, interrupt,
 BAD_OPTIONS = [
     ("llama", {"tied_embeddings": "untied"}, "LlamaForCausalLM has no output embeddings that are tied"),
     ("bert", {"tied_embeddings": "retied", "logit_distillation.train": "lora"}, "No stage trains the embeddings"),
+    ("llama", {"attention_transfer.negative_mass_weight": 0.5}, "'nonstationary' have no negative mass"),
     ("bert", LABELS, "BertForMaskedLM does not predict the next token"),
     ("llama", LABELS | {"label_training.sequence_length": 513}, "longer than the 512 positions"),
     (
