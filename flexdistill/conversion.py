@@ -155,15 +155,20 @@ def make_plan(model: PreTrainedModel, kernel: KernelRecipe, frequencies: Mapping
     chosen = _chosen(kernel, list(convertible))
     for name, module in convertible.items():
         reasons[module] = chosen[name]
+    linear = [module for module, reason in reasons.items() if reason is None]
+    if kernel.longest_wavelength is not None and not any(rotary.get(module) for module in linear):
+        raise FlexdistillError(
+            f"No layer of {type(model).__name__} that becomes linear has rotary embedding that can be taken out; leave "
+            "--longest-wavelength out."
+        )
     modules = []
     for module, (call, *_) in calls.items():
         name = names.get(module, "")
         own = kernel.model_copy(update={"features": (frequencies or {}).get(name, kernel.features)})
         modules.append(_module_plan(name, call, own, reasons[module], rotary.get(module), module in rotary))
-    linear = sum(reason is None for reason in chosen.values())
-    if kernel.keep_softmax >= linear:
+    if kernel.keep_softmax >= len(linear):
         raise FlexdistillError(
-            f"Of the {linear} layers that become linear, {kernel.keep_softmax} are to stay softmax, which leaves "
+            f"Of the {len(linear)} layers that become linear, {kernel.keep_softmax} are to stay softmax, which leaves "
             "none; set a smaller --keep-softmax."
         )
     shares = kernel.features_by == "freedom" and frequencies is None

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from flexdistill import rotary_search
 from flexdistill.conversion import apply_plan, make_plan
+from flexdistill.errors import FlexdistillError
 from flexdistill.evaluation import load_converted
 from flexdistill.recipe import KernelRecipe
 from flexdistill.rotary_search import rotary_embeddings
@@ -51,6 +52,15 @@ def test_models_without_rotary_embedding_have_none():
 def test_kernels_see_short_wavelengths(settings, expected):
     for module in make_plan(tiny_llama(), KernelRecipe(**settings)).converted:
         assert (module.spec.rotary, module.spec.rotary_pairs) == expected
+
+
+def test_what_is_not_there_cannot_be_taken_out(monkeypatch):
+    message = "that becomes linear has rotary embedding that can be taken out; leave --longest-wavelength out"
+    with pytest.raises(FlexdistillError, match=f"No layer of GPT2LMHeadModel {message}"):
+        make_plan(tiny_gpt2(), KernelRecipe(longest_wavelength=20))
+    monkeypatch.setattr(rotary_search, "LAYOUTS", ())
+    with pytest.raises(FlexdistillError, match=message):
+        make_plan(tiny_llama(), KernelRecipe(longest_wavelength=20))
 
 
 def test_half_precision_is_told_from_other_forms():
