@@ -30,11 +30,13 @@ class StageRecipe(Section):
         False, description="replay micro-batches as CUDA graphs: steps that wait for the processor are shorter"
     )
     optimizer: Literal["adam", "adamw"]
-    learning_rate: float = Field(gt=0, description="of what the stage trains, at its highest")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="what follows the warm-up")
-    warmup_steps: int = Field(ge=0, description="steps in which the learning rate rises from 0")
+    learning_rate: float = Field(gt=0, description="of what the stage trains, which warm-up and schedule scale down")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="course over all steps, from the first on, that the warm-up multiplies"
+    )
+    warmup_steps: int = Field(ge=0, description="steps in which a factor on the schedule rises from 0 to 1")
     final_learning_rate_ratio: float = Field(
-        0.05, ge=0, le=1, description="where cosine and linear schedules end, as a share of learning_rate"
+        0.05, ge=0, le=1, description="what cosine and linear schedules fall towards, as a share of learning_rate"
     )
     clip_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
     ema_decay: float | None = Field(

@@ -48,7 +48,10 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def learning_rate_factor(
     step: int, steps: int, warmup_steps: int, final_ratio: float, schedule: str = "cosine"
 ) -> float:
-    """Linear warm-up times a schedule that ends at `final_ratio`; of the step alone, so resuming needs no state."""
+    """Linear warm-up times a schedule from step 0 on, which would be `final_ratio` at `steps`, one after the last.
+
+    It is a function of the step alone, so resuming needs no state.
+    """
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     left = {
         "cosine": 0.5 * (1 + math.cos(math.pi * step / steps)),

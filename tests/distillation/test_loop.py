@@ -62,6 +62,9 @@ def test_learning_rate_factor():
     assert 0.05 < factors[-1] < 0.051 and learning_rate_factor(100, 100, 10, 0.05) == pytest.approx(0.05)
     assert learning_rate_factor(0, 5, 0, 0.0) == 1 and learning_rate_factor(5, 5, 0, 0.0) == pytest.approx(0)
     assert learning_rate_factor(0, 1, 1, 1.0) == 1
+    for steps, warmup_steps, highest in ((260, 30, 0.971), (20, 20, 0.302)):  # docs/training.md
+        factors = [learning_rate_factor(step, steps, warmup_steps, 0.05) for step in range(steps)]
+        assert max(factors) == pytest.approx(highest, abs=5e-4)
 
 
 def test_other_schedules():
