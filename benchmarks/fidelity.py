@@ -100,4 +100,4 @@ def table(results: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    models.run(main)

@@ -59,4 +59,4 @@ def all_but_uniform(count: int, keep: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    models.run(main)

@@ -7,8 +7,10 @@ stands in the results.
 """
 
 import models
+from torch import nn
 
 from flexdistill.data import read_documents
+from flexdistill.errors import FlexdistillError
 from flexdistill.packing import pack
 from flexdistill.positions import perplexity_by_position
 from flexdistill.recipe import EvaluationRecipe
@@ -32,6 +34,9 @@ def main() -> None:
     spans, positions = {}, None
     for name, model, accelerator in models.models(arguments):
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        learned = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+        if any(embedding.num_embeddings < arguments.length for embedding in learned):
+            raise FlexdistillError(f"{name} has positions for {positions} tokens; set --length to that or less.")
         spans[name] = perplexity_by_position(model, sequences, accelerator, arguments.batch_size, arguments.chunk)
         del model
         models.write(
@@ -42,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    models.run(main)

@@ -4,7 +4,8 @@ import argparse
 import gc
 import json
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexdistill.devices import make_accelerator
+from flexdistill.errors import FlexdistillError
 from flexdistill.evaluation import load_converted
 from flexdistill.sources import load_model, load_tokenizer, resolve_model
 
@@ -28,6 +30,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     found.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     found.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     return found
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a benchmark's `main`; what its user can mend is one sentence and exit code 2, as of the command line."""
+    try:
+        main()
+    except (FlexdistillError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def settings(assignments: list[str]) -> dict:

@@ -73,4 +73,4 @@ def percent(value: float, error: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    models.run(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -324,9 +325,11 @@ def main() -> None:
         with too_little_memory(), long_names():
             app(prog_name="flexdistill")
     except Exception as error:
-        if os.environ.get("FLEXDISTILL_DEBUG") == "1" or not _is_for_users(error):
+        if not _is_for_users(error):
             raise
-        if "RANK" in os.environ:
+        if os.environ.get("FLEXDISTILL_DEBUG") == "1":
+            traceback.print_exc()
+        elif "RANK" in os.environ:
             from .launcher import report
 
             report(error)

@@ -115,7 +115,10 @@ def make_recipe(options: dict[str, Any]) -> Any:
         if source is not None:
             settings.update(source_settings(section, source))
     for assignment in options.get("settings") or []:
-        settings.update([_parse_assignment(assignment)])
+        key, value = _parse_assignment(assignment)
+        if key == "model":
+            raise FlexdistillError(f"--set model would replace the MODEL {options['model']!r}; give one of them.")
+        settings[key] = value
     return Recipe.load(options.get("recipe", "default")).override(settings)
 
 

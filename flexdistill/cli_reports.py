@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -137,7 +138,7 @@ def recipes(
     if name and name not in shipped_recipes():
         raise FlexdistillError(f"Recipe {name!r} is not shipped; shipped are: {', '.join(shipped_recipes())}.")
     texts = {known: (RECIPES_FOLDER / f"{known}.yaml").read_text(encoding="utf-8") for known in shipped_recipes()}
-    described = [{"recipe": known, "description": text.splitlines()[0][2:]} for known, text in texts.items()]
+    described = [{"recipe": known, "description": _first_comment(text)} for known, text in texts.items()]
     if as_json:
         print_json(Recipe.load(name).model_dump() if name else described)
     elif name:
@@ -146,6 +147,11 @@ def recipes(
         from .tables import print_table
 
         print_table(list(described[0]), [list(row.values()) for row in described])
+
+
+def _first_comment(text: str) -> str:
+    """The lines of YAML that begin with # before any other, as one."""
+    return " ".join(line[2:] for line in takewhile(lambda line: line.startswith("# "), text.splitlines()))
 
 
 def register(app: typer.Typer) -> None:

@@ -32,6 +32,7 @@ from .recipe import EvaluationRecipe
 from .runtime import modeling_flexformer
 from .runtime.attention import count_guards
 from .runtime.configuration_flexformer import FlexformerConfigMixin
+from .runtime.registry import FEATURE_MAPS
 from .sources import load_model, load_tokenizer, resolve_model
 
 # attention maps are compared on this many sequences: a map is quadratic in their length
@@ -220,14 +221,20 @@ def load_converted(directory: str | Path) -> PreTrainedModel:
     """Loads a converted checkpoint with its language-modelling head.
 
     Raises:
-        FlexdistillError: if there is no converted checkpoint.
+        FlexdistillError: if there is no converted checkpoint, it is damaged, or its kernel is not registered here.
     """
-    remedy = "give the folder that `flexdistill convert` wrote"
-    with explained(f"{directory} is not a converted checkpoint", remedy):
+    with explained(f"{directory} is not a converted checkpoint", "give the folder that `flexdistill convert` wrote"):
         checked_settings(directory)
         config = AutoConfig.from_pretrained(directory)
         if not isinstance(config, FlexformerConfigMixin):
             raise ValueError(f"its model type is {config.model_type!r}")
+        unknown = sorted({spec.variant for spec in config.kernel_specs.values()} - FEATURE_MAPS.keys())
+        if unknown:
+            raise FlexdistillError(
+                f"The kernel {unknown[0]!r} of {directory} is none of flexdistill's; load it in a Python program that "
+                "registers its kernel with flexdistill.register_feature_map first."
+            )
+    with explained(f"Converted model {directory} cannot be loaded", "check that its files are complete"):
         return load_weights(getattr(modeling_flexformer, config.architectures[0]), directory, config=config)
 
 

@@ -204,6 +204,9 @@ def summary_lines(metrics: dict[str, Any]) -> list[str]:
         worst = max(attention_kl, key=attention_kl.get)
         mean = sum(attention_kl.values()) / len(attention_kl)
         lines.append(f"Attention KL: {mean:.4g} on average, {attention_kl[worst]:.4g} in the worst layer, {worst}.")
+    if metrics.get("kept_softmax"):
+        kept = (f"{name} ({gain:.3g})" for name, gain in metrics["kept_softmax"].items())
+        lines.append(f"Softmax attention is back in {', '.join(kept)}; in brackets what that lowered the KL by.")
     if metrics.get("guarded_rows"):
         lines.append(f"The normaliser's guard fired in {metrics['guarded_rows']:.2%} of the attention rows.")
     if metrics.get("stages"):

@@ -109,6 +109,14 @@ def test_a_registered_kernel_is_converted_to_and_loaded(restored_registry, folde
     assert {type(module.flexformer) for name, module in model.named_modules() if name.endswith("attn")} == {Renamed}
 
 
+def test_a_kernel_that_is_not_registered_is_named(restored_registry, folder, tmp_path):
+    flexdistill.register_feature_map("mine", EluFeatureMap)
+    flexdistill.convert(str(folder), tmp_path / "out", kernel__variant="mine", **SHORT)
+    del registry.FEATURE_MAPS["mine"]
+    with pytest.raises(flexdistill.FlexdistillError, match="The kernel 'mine' of .* is none of flexdistill's"):
+        flexdistill.evaluate(tmp_path / "out", teacher=str(folder), data="sample")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

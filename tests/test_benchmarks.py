@@ -106,6 +106,28 @@ def test_long_text(benchmark):
     assert results["positions"] == 512 and results["sequences"] == 2 and "0 to 511" in printed
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("piqa.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        ("recall.py", ["--data", "nowhere.txt", "--lengths", "300"], "nowhere.txt"),
+    ],
+)
+def test_errors_are_one_sentence(benchmark, name, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark(name, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.splitlines()[-1].startswith("Error: ") and message in error
+
+
+def test_long_text_refuses_more_than_learned_positions(models, monkeypatch, capsys, tmp_path, tiny_tokenizer):
+    save_tiny(tmp_path / "gpt2", teacher("gpt2"), tiny_tokenizer)
+    arguments = ["--teacher", tmp_path / "gpt2", "--data", "sample", "--length", 4096, "--output", tmp_path / "o.json"]
+    with pytest.raises(SystemExit) as stop:
+        run_script("long_text.py", monkeypatch, capsys, *arguments)
+    assert stop.value.code == 2 and "set --length to that or less" in capsys.readouterr().err
+
+
 def test_hybrid(models, monkeypatch, tmp_path, capsys):
     arguments = [str(models / "teacher"), "--data", "sample", "--evaluate", "sample", "--output", str(tmp_path / "out")]
     arguments += ["--keep", "1", "--budget", "600"]
