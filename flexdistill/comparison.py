@@ -147,7 +147,7 @@ def _compare(
     comparison["results"] = [results[entry.name] for entry in entries]
     if accelerator.is_main_process:
         write_json(output / RESULTS, comparison)
-        (output / TABLE).write_text(markdown_table(*comparison_table(comparison)))
+        (output / TABLE).write_text(markdown_table(*comparison_table(comparison)), encoding="utf-8")
         if has_matplotlib():
             plot_comparison(comparison, output)
     return comparison

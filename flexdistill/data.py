@@ -142,18 +142,19 @@ def _read_file(path: Path, column: str) -> Iterator[str]:
 
 
 def _open(path: Path) -> TextIO:
+    """UTF-8, without the mark that some programs begin it with."""
     match path.suffix.lower():
         case ".xz":
-            return lzma.open(path, "rt", encoding="utf-8")
+            return lzma.open(path, "rt", encoding="utf-8-sig")
         case ".gz":
-            return gzip.open(path, "rt", encoding="utf-8")
+            return gzip.open(path, "rt", encoding="utf-8-sig")
         case ".zst":
             # unlike zstandard's reader, arrow's reports a truncated file and reads every frame
             import pyarrow
 
-            return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding="utf-8")
+            return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding="utf-8-sig")
         case _:
-            return path.open(encoding="utf-8")
+            return path.open(encoding="utf-8-sig")
 
 
 def _jsonl_rows(path: Path, column: str) -> Iterator[Any]:

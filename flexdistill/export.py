@@ -53,9 +53,9 @@ def export(
             for weights in aside.glob("*.safetensors"):  # written for their owner alone
                 weights.chmod((aside / "config.json").stat().st_mode)
             metrics["reload_max_logit_difference"] = _reload_difference(model, aside)
-        (aside / "recipe.yaml").write_text(recipe.to_yaml())
+        (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         write_json(aside / "metrics.json", metrics)
-        (aside / "README.md").write_text((card or model_card)(model, source, recipe, metrics))
+        (aside / "README.md").write_text((card or model_card)(model, source, recipe, metrics), encoding="utf-8")
         for log in logs:
             shutil.copyfile(log, aside / log.name)
 

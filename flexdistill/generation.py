@@ -12,7 +12,7 @@ from .conversion import max_positions
 from .errors import FlexdistillError
 from .evaluation import load_converted
 from .runtime.cache import cache_num_bytes
-from .scoring import check_causal
+from .scoring import check_causal, prompt_tokens
 from .sources import load_tokenizer, resolve_model
 
 # what a source's generation_config.json may have set otherwise, and this function does not return
@@ -35,8 +35,8 @@ def generate(directory: str, prompt: str, *, seed: int | None = None, **settings
     """
     tokenizer = load_tokenizer(resolve_model(directory))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    if not inputs["input_ids"].numel():
+    tokens = torch.tensor([prompt_tokens(tokenizer, prompt)], device=device)
+    if not tokens.numel():
         raise FlexdistillError("The prompt has no tokens; give some text to continue.")
     model = load_converted(directory).to(device)
     check_causal(model)
@@ -44,17 +44,18 @@ def generate(directory: str, prompt: str, *, seed: int | None = None, **settings
         set_seed(seed)
     start = time.perf_counter()
     try:
-        output = model.generate(**inputs, **_ONE_SEQUENCE | settings, return_dict_in_generate=True)
+        mask = torch.ones_like(tokens)
+        output = model.generate(tokens, attention_mask=mask, **_ONE_SEQUENCE | settings, return_dict_in_generate=True)
     except IndexError as error:  # learned position embeddings end; rotary ones do not
         raise FlexdistillError(
             f"Prompt and new tokens are longer than the model's {max_positions(model)} positions; "
             "shorten the prompt or set a smaller --max-new-tokens."
         ) from error
     elapsed_s = time.perf_counter() - start
-    (tokens,) = output.sequences
+    (sequence,) = output.sequences
     return {
-        "text": tokenizer.decode(tokens, skip_special_tokens=True),
-        "new_tokens": (new_tokens := len(tokens) - inputs["input_ids"].shape[1]),
+        "text": tokenizer.decode(sequence, skip_special_tokens=True),
+        "new_tokens": (new_tokens := len(sequence) - tokens.shape[1]),
         "elapsed_s": elapsed_s,
         "tokens_per_s": new_tokens / elapsed_s,
         "state_bytes": cache_num_bytes(output.past_key_values),

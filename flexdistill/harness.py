@@ -95,7 +95,9 @@ def _spec(task: str, data: dict[str, str]) -> str | dict[str, Any]:
         return task
     file = Path(data[task])
     with explained(f"{file} holds no questions", "give JSON lines with query, choices and gold"):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
+            if not line.strip():
+                continue
             row = json.loads(line)
             if not row.keys() >= _COLUMNS or not 0 <= row["gold"] < len(row["choices"]):
                 raise ValueError(f"row {number} is no question with choices and the index of the right one")
@@ -119,15 +121,16 @@ def _evaluate(
 
 def _rows(teacher: dict[str, Any], student: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for task, figures in teacher["results"].items():
-        samples = [
-            {sample["doc_id"]: sample for sample in result.get("samples", {}).get(task, [])}
-            for result in (teacher, student)
-        ]
         for key, value in figures.items():
-            metric, comma, _ = key.partition(",")
+            metric, comma, filter_ = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             own, error = student["results"][task], key.replace(",", "_stderr,", 1)
+            # a task with several filters has a sample of each for every question
+            samples = [
+                {s["doc_id"]: s for s in result.get("samples", {}).get(task, []) if s.get("filter", filter_) == filter_}
+                for result in (teacher, student)
+            ]
             differences = _differences(*samples, metric)
             yield {
                 "task": task,

@@ -31,14 +31,23 @@ class Score:
     greedy: bool  # whether greedy decoding gives exactly this continuation
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that goes on: with what the tokenizer puts before it, without what it would end it with."""
+    # verbose: a prompt may be longer than the positions that the tokenizer knows of
+    whole, bare = (tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False))
+    if not bare:
+        return whole
+    ends = range(len(bare), len(whole) + 1)
+    return next((whole[:end] for end in ends if whole[end - len(bare) : end] == bare), whole)
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> Continuation:
     """Tokens of `prompt` and of what `continuation` adds to it, divided where the two texts' tokens part.
 
     Raises:
         FlexdistillError: if the continuation adds no token, or nothing stands before it.
     """
-    # verbose: a prompt may be longer than the positions that the tokenizer knows of
-    before, whole = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, prompt + continuation))
+    before, whole = (prompt_tokens(tokenizer, text) for text in (prompt, prompt + continuation))
     pairs = zip(before, whole, strict=False)
     common = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(before), len(whole)))
     if common in (0, len(whole)):

@@ -163,7 +163,12 @@ def load_card(source: ModelSource) -> ModelCardData:
     folder = Path(source.path_or_id)
     try:
         readme = folder / "README.md" if folder.is_dir() else hf_hub_download(source.path_or_id, "README.md")
-        return ModelCard.load(readme, ignore_metadata_errors=True).data
+        data = ModelCard.load(readme, ignore_metadata_errors=True).data
+        if isinstance(data.language, list):  # YAML takes Norwegian's code for a boolean
+            data.language = ["no" if code is False else code for code in data.language]
+        elif data.language is False:
+            data.language = "no"
+        return data
     except (OSError, HTTPError, ValueError, YAMLError):
         return ModelCardData()
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .recipe_sections import TextRecipe
 
 # raised when the tokens of the same text by the same tokenizer change
-_FORMAT = 1
+_FORMAT = 2
 
 
 def cache_folder(setting: bool | str) -> Path | None:

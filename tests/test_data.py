@@ -80,6 +80,14 @@ def test_folder_is_read_in_the_order_of_paths(tmp_path):
     assert documents(tmp_path) == ["a.raw", "b/a.txt", "b/z.md", "c.txt"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    text = "\ufeff" + ('{"text": "one"}\n' if "jsonl" in name else "one")
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    assert list(read_documents(DataRecipe(source=str(file)))) == ["one"]
+
+
 def test_blank_documents_are_left_out(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": ""}\n\n{"text": "  \\n"}\n{"text": "words"}\n')

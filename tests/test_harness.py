@@ -95,6 +95,29 @@ def test_tasks_that_cannot_be_loaded(models):
         evaluate_tasks(models / "out", str(models / "llama"), ["nonesuch"])
 
 
+def test_each_filter_has_its_own_error():
+    def result(first, whole):
+        samples = [
+            {"doc_id": doc, "filter": name, "exact_match": value}
+            for name, values in (("first", first), ("whole", whole))
+            for doc, value in enumerate(values)
+        ]
+        figures = {f"exact_match,{name}": statistics.mean(v) for name, v in (("first", first), ("whole", whole))}
+        return {"results": {"sums": figures}, "samples": {"sums": samples}}
+
+    first, whole = harness._rows(result([0, 0, 0, 0], [1, 1, 0, 0]), result([1, 0, 1, 0], [1, 1, 0, 0]))
+    assert (first["metric"], first["difference"], first["questions"]) == ("exact_match,first", 0.5, 4)
+    assert first["difference_error"] == pytest.approx(statistics.stdev([1, 0, 1, 0]) / 2)
+    assert (whole["difference"], whole["difference_error"]) == (0, 0)
+
+
+def test_questions_may_hold_any_line_separator_but_newlines(tmp_path):
+    file = tmp_path / "q.jsonl"
+    row = {"query": "a\u2028b\x85", "choices": ["c"], "gold": 0}
+    file.write_text("\ufeff\n" + json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert harness._spec("own", {"own": str(file)})["task"] == "own"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -1,11 +1,14 @@
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
+from tokenizers.processors import TemplateProcessing
 
 from flexdistill.data import SAMPLE, read_documents
 from flexdistill.errors import FlexdistillError
 from flexdistill.recipe import DataRecipe
-from flexdistill.scoring import Continuation, score_continuations, tokenize
+from flexdistill.scoring import Continuation, prompt_tokens, score_continuations, tokenize
 from tests.distillation.stages import sequences, student, teacher
 
 CPU = Accelerator(cpu=True)
@@ -60,3 +63,15 @@ def test_tokens_divide_where_the_texts_part(tiny_tokenizer):
     for prompt, continuation in (("Some text", ""), ("", "Some text")):
         with pytest.raises(FlexdistillError, match="adds no token"):
             tokenize(tiny_tokenizer, prompt, continuation)
+
+
+def test_what_a_tokenizer_ends_texts_with_is_no_part_of_a_prompt(tiny_tokenizer):
+    bare = tiny_tokenizer("Miss Brooke")["input_ids"]
+    framing, eos = copy.deepcopy(tiny_tokenizer), tiny_tokenizer.eos_token_id
+    special = [(tiny_tokenizer.eos_token, eos)]
+    framing.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A <eos>", special_tokens=special)
+    assert framing("Miss Brooke")["input_ids"] == [eos, *bare, eos]
+    assert prompt_tokens(framing, "Miss Brooke") == [eos, *bare]
+    assert prompt_tokens(tiny_tokenizer, "Miss Brooke") == bare
+    plain, framed = (tokenize(tokenizer, "Miss", " Brooke had") for tokenizer in (tiny_tokenizer, framing))
+    assert framed == Continuation([eos, *plain.prompt], plain.continuation)

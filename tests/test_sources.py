@@ -283,3 +283,9 @@ def test_card(tmp_path, card, licence):
 
 def test_card_out_of_reach():
     assert load_card(ModelSource("user/absent", "user/absent", hub_id="user/absent")).license is None
+
+
+@pytest.mark.parametrize(("given", "language"), [("[nl, no]", ["nl", "no"]), ("no", "no"), ("en", "en")])
+def test_norwegian_is_a_language(tmp_path, given, language):
+    (tmp_path / "README.md").write_text(f"---\nlanguage: {given}\n---\n")
+    assert load_card(ModelSource("model", str(tmp_path))).language == language

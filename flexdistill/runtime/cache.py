@@ -104,10 +104,11 @@ def memory_layer(module, args, kwargs) -> FlexformerCacheLayer | None:
                 f"The cache holds keys and values of layer {index} that did not pass through its Flexformer attention; "
                 "start with an empty cache."
             )
-        if layer.is_compileable and len(module.config.flexformer["layers"]) < module.config.num_hidden_layers:
+        converted = getattr(module.config, "flexformer", {"layers": {}})["layers"]  # a part's configuration has none
+        if layer.is_compileable and len(converted) < module.config.num_hidden_layers:
             raise ValueError(
-                "A static cache cannot serve a model in which some layers keep softmax attention; leave "
-                "cache_implementation out."
+                "A static cache cannot serve a model in which some layers keep softmax attention, or one of several "
+                "parts; leave cache_implementation out."
             )
         layer = cache.layers[index] = FlexformerCacheLayer()
     return layer
@@ -119,9 +120,17 @@ def cache_num_bytes(cache: Cache) -> int:
     for layer in cache.layers:
         if isinstance(layer, FlexformerCacheLayer):
             total += layer.num_bytes
-        elif layer.is_initialized:
-            total += layer.keys.nbytes + layer.values.nbytes
+        else:  # keys and values, or what a model's own recurrent layers carry
+            held = [x for value in vars(layer).values() for x in _values(value)]
+            total += sum(x.nbytes for x in held if torch.is_tensor(x))
     return total
+
+
+def _values(value) -> list:
+    """A collection's values, or the value itself as the only one."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _map_tensors(holder, function):

@@ -68,12 +68,25 @@ class FlexformerMixin:
         self.register_forward_pre_hook(_unpacked_while_tracing, with_kwargs=True)
         self.add_model_tags(list(MODEL_TAGS))
 
+    def __reduce_ex__(self, protocol):
+        """Pickles by the base class, since not every one can be found in transformers by its name alone."""
+        cls = type(self)
+        if _classes.get(cls.__name__) is not cls:  # a subclass of somebody's own
+            return super().__reduce_ex__(protocol)
+        _, _, *state = object.__reduce_ex__(self, max(protocol, 2))
+        return (_empty_instance, (cls.__bases__[1],), *state)
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, FeatureMap):
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+
+def _empty_instance(base: type) -> PreTrainedModel:
+    cls = flexformer_class(base)
+    return cls.__new__(cls)
 
 
 def _unpacked_while_tracing(model, args, kwargs):

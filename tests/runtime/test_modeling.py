@@ -323,6 +323,43 @@ def test_deepcopy_and_pickle(name):
         assert torch.equal(generate(unpickled, tokens(), 5), generate(model, tokens(), 5))
 
 
+def test_pickle_finds_inner_classes_that_transformers_does_not_export():
+    sizes = dict(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_layers=1, decoder_layers=1)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=99, max_position_embeddings=64)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **heads)).eval()
+    spec = KernelSpec("nonstationary", "hyperbolic", 2, 2, 16, 16, tied=False, causal=False)
+    model = convert_model(model, {"encoder.layers.0.self_attn": spec})
+    assert not hasattr(transformers, "BartEncoder") and isinstance(model.model.encoder, FlexformerMixin)
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert type(other.model.encoder) is type(model.model.encoder)
+            assert torch.equal(other(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_a_cache_beside_recurrent_layers_of_the_models_own_has_a_size():
+    cache = DynamicCache()
+    recurrent = type("LinearAttentionLayer", (), {})()  # as of Qwen3-Next: neither keys nor values
+    recurrent.conv_states, recurrent.recurrent_states = {0: torch.zeros(2, 3)}, [torch.zeros(5, dtype=torch.bfloat16)]
+    cache.layers = [recurrent]
+    assert cache_num_bytes(cache) == 2 * 3 * 4 + 5 * 2
+
+
+def test_a_static_cache_of_a_part_is_refused():
+    text = dict(vocab_size=99, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    text |= dict(head_dim=16, num_hidden_layers=1, layer_types=["full_attention"], pad_token_id=0)
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | dict(image_size=16, patch_size=8), mm_tokens_per_image=4
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model = convert_model(model, {"language_model.layers.0.self_attn": next(iter(specs("llama").values()))})
+    settings = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert model.generate(torch.tensor([[5, 6]]), **settings).shape == (1, 5)
+    with pytest.raises(ValueError, match="A static cache cannot serve"):
+        model.generate(torch.tensor([[5, 6]]), cache_implementation="static", **settings)
+
+
 def test_classes_are_made_once():
     assert flexformer_class(type(tiny_gpt2())) is type(converted("gpt2"))
     from flexdistill.runtime import modeling_flexformer
