@@ -71,7 +71,6 @@ CURVE_STEPS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2", "1b"], choices=SHAPES)
-    parser.add_argument("--random", action="store_const", const=["smollm2"], dest="models", help="--models smollm2")
     parser.add_argument("--tiny", action="store_const", const=["tiny"], dest="models", help="a tiny model on CPU")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--length", type=int, help="tokens per sequence")

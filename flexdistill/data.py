@@ -131,7 +131,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _read_file(path: Path, column: str) -> Iterator[str]:
-    read_rows = {"jsonl": _jsonl_rows, "parquet": _parquet_rows}.get(_kind(path))
+    read_rows = {"jsonl": lambda path, column: json_lines(path), "parquet": _parquet_rows}.get(_kind(path))
     with _explained(path):
         if read_rows is None:
             with _open(path) as stream:
@@ -157,7 +157,12 @@ def _open(path: Path) -> TextIO:
             return path.open(encoding="utf-8-sig")
 
 
-def _jsonl_rows(path: Path, column: str) -> Iterator[Any]:
+def json_lines(path: Path) -> Iterator[Any]:
+    """The values of a file of JSON lines, blank ones left out.
+
+    Raises:
+        FlexdistillError: for a line that is not JSON.
+    """
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():

@@ -22,7 +22,7 @@ from .data import read_documents
 from .devices import make_accelerator
 from .distillation.attention_transfer import softmax_weights
 from .distillation.heads import SplitModel
-from .distillation.logits import next_tokens, positions_per_piece
+from .distillation.logits import next_tokens, position_pieces
 from .distillation.stage import feature_maps
 from .errors import FlexdistillError, explained
 from .loading import checked_settings, load_weights
@@ -100,7 +100,7 @@ def perplexity(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int,
         for batch in sequences.split(batch_size)[accelerator.process_index :: accelerator.num_processes]:
             batch = batch.to(accelerator.device)
             hidden, labels = split.hidden(batch).flatten(0, 1), next_tokens(batch).flatten()
-            for part in _pieces(split, hidden):
+            for part in position_pieces(model, len(hidden)):
                 sums += torch.stack(label_loss(split.logits(hidden[part]), labels[part])).double()
     total, count = accelerator.reduce(sums, reduction="sum").tolist()
     return _exponential(total / count)
@@ -249,22 +249,15 @@ def _name(model: PreTrainedModel, call: AttentionCall) -> str:
 def _token_sums(runs: list[tuple[SplitModel, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
     """A row of sums for each run, a model and its hidden states (N, E); the first is the teacher's."""
     sums = torch.zeros(len(runs), 5, dtype=torch.float64, device=labels.device)
-    for part in _pieces(*runs[0]):
-        expected = None
+    for part in position_pieces(runs[0][0].model, len(labels)):
+        mask, expected = torch.ones_like(labels[part], dtype=torch.bool), None
         for row, (split, hidden) in enumerate(runs):
             logits = split.logits(hidden[part])
             expected = logits if expected is None else expected
-            mask = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
             kl, positions = kl_divergence(logits, expected, mask)
             agreement, _ = top1_agreement(logits, expected, mask)
             sums[row] += torch.stack([*label_loss(logits, labels[part]), kl, agreement, positions]).double()
     return sums
-
-
-def _pieces(split: SplitModel, hidden: torch.Tensor) -> list[slice]:
-    """Spans of hidden states (N, E) whose logits are held at once."""
-    piece = positions_per_piece(split.model)
-    return [slice(start, start + piece) for start in range(0, len(hidden), piece)]
 
 
 def _row(name: str, sums: list[float], causal: bool) -> dict:

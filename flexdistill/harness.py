@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import statistics
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import json_lines
 from .devices import make_accelerator
 from .errors import FlexdistillError, explained
 from .evaluation import check_same_model, load_converted
@@ -95,10 +95,7 @@ def _spec(task: str, data: dict[str, str]) -> str | dict[str, Any]:
         return task
     file = Path(data[task])
     with explained(f"{file} holds no questions", "give JSON lines with query, choices and gold"):
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
+        for number, row in enumerate(json_lines(file), start=1):
             if not row.keys() >= _COLUMNS or not 0 <= row["gold"] < len(row["choices"]):
                 raise ValueError(f"row {number} is no question with choices and the index of the right one")
     return _MULTIPLE_CHOICE | {"task": task, "dataset_kwargs": {"data_files": {"validation": str(file)}}}

@@ -16,7 +16,7 @@ from ..losses import kl_divergence
 from ..runtime.feature_maps import FeatureMap
 from ..runtime.interface import NAME
 from .heads import SplitModel
-from .logits import positions_per_piece
+from .logits import position_pieces
 
 
 def converted_modules(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -135,9 +135,7 @@ def _softmax_in(modules: set[torch.nn.Module]):
 def _kl_sum(
     split: SplitModel, hidden: torch.Tensor, teacher: SplitModel, expected: torch.Tensor, counted: torch.Tensor
 ) -> torch.Tensor:
-    piece = positions_per_piece(split.model)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for start in range(0, len(hidden), piece):
-        part = slice(start, start + piece)
+    for part in position_pieces(split.model, len(hidden)):
         total += kl_divergence(split.logits(hidden[part]), teacher.logits(expected[part]), counted[part])[0]
     return total

@@ -161,6 +161,12 @@ def positions_per_piece(model: PreTrainedModel) -> int:
     return max(1, LOGITS_PER_PIECE.get(weight.device.type, LOGITS_PER_PIECE["cpu"]) // weight.shape[0])
 
 
+def position_pieces(model: PreTrainedModel, count: int) -> list[slice]:
+    """Spans of `count` positions, of as many each as `positions_per_piece` says."""
+    size = positions_per_piece(model)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 def next_tokens(sequences: torch.Tensor) -> torch.Tensor:
     """Labels of token sequences (B, T): the next token, and -100 at the end."""
     return torch.cat([sequences[:, 1:], torch.full_like(sequences[:, :1], -100)], dim=1)
